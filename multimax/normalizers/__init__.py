@@ -1,0 +1,75 @@
+"""The normalizers, and the registry that builds one from its name."""
+
+import inspect
+from typing import Any
+
+from multimax.normalizers.base import LogitNormalizer, ModulatedSoftMax, Normalizer
+from multimax.normalizers.entmax import EntMax, EntMax15, entmax, entmax15
+from multimax.normalizers.evsoftmax import EvSoftMax, evsoftmax
+from multimax.normalizers.multimax import MultiMax, modulate, modulate_derivative, multimax
+from multimax.normalizers.softmax import SoftMax, softmax
+from multimax.normalizers.sparsemax import SparseMax, sparsemax
+from multimax.normalizers.topk import TopK, topk
+
+NORMALIZERS: dict[str, type[Normalizer]] = {
+    "softmax": SoftMax,
+    "topk": TopK,
+    "sparsemax": SparseMax,
+    "entmax15": EntMax15,
+    "entmax": EntMax,
+    "evsoftmax": EvSoftMax,
+    "multimax": MultiMax,
+}
+
+__all__ = [
+    "NORMALIZERS",
+    "EntMax",
+    "EntMax15",
+    "EvSoftMax",
+    "LogitNormalizer",
+    "ModulatedSoftMax",
+    "MultiMax",
+    "Normalizer",
+    "SoftMax",
+    "SparseMax",
+    "TopK",
+    "build_normalizer",
+    "entmax",
+    "entmax15",
+    "evsoftmax",
+    "modulate",
+    "modulate_derivative",
+    "multimax",
+    "registered_normalizers",
+    "softmax",
+    "sparsemax",
+    "topk",
+]
+
+
+def registered_normalizers() -> list[str]:
+    """Names that `build_normalizer` knows."""
+    return list(NORMALIZERS)
+
+
+def build_normalizer(name: str, **options: Any) -> Normalizer:
+    """A new normalizer module.
+
+    Args:
+        name: one of `registered_normalizers()`.
+        options: arguments of its class, such as `temperature` or `k`.
+
+    Raises:
+        ValueError: the name or an option is unknown (the message lists the known ones), or an
+            option is out of range.
+    """
+    if name not in NORMALIZERS:
+        raise ValueError(f"unknown normalizer {name!r}; known: {', '.join(NORMALIZERS)}")
+    known = [key for key in inspect.signature(NORMALIZERS[name]).parameters]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"normalizer {name!r} has no option {', '.join(unknown)}; "
+            f"it has: {', '.join(known) or 'none'}"
+        )
+    return NORMALIZERS[name](**options)

@@ -1,0 +1,68 @@
+"""Evidential SoftMax: SoftMax over the scores that are at least the mean of their row."""
+
+from torch import Tensor
+
+from multimax.normalizers.base import check_mask, to_compute_precision
+from multimax.normalizers.truncated import TruncatedSoftMax, check_floor, truncated_softmax
+
+
+def evsoftmax(
+    scores: Tensor, dim: int = -1, mask: Tensor | None = None, *, floor: float = 0.0
+) -> Tensor:
+    """SoftMax over the entries that are at least the mean of their row.
+
+    Args:
+        scores: real, any shape; fp16 and bf16 are computed in fp32.
+        dim: the dimension that sums to one.
+        mask: bool, broadcastable to `scores`, True where mass is allowed; the mean is taken over
+            these entries.
+        floor: what is left of the SoftMax weight below the mean, in [0, 1). 0 gives exact zeros;
+            training uses 1e-6, so that those entries keep a gradient.
+
+    Returns:
+        Probabilities of the shape and dtype of `scores`: 0 where masked, all zeros for an
+        all-masked row.
+
+    Raises:
+        ValueError: `floor` is outside [0, 1), or `mask` is not boolean.
+
+    Source: Chen et al., Evidential Softmax, NeurIPS 2021, Eq. 3.
+    """
+    check_floor(floor)
+    check_mask(mask)
+    x = to_compute_precision(scores)
+    return truncated_softmax(x, _keep(x, dim, mask), dim, mask, floor).to(scores.dtype)
+
+
+def _keep(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+    scores = scores.detach()
+    # Differences to the maximum: their mean keeps its digits when all scores share a large offset.
+    # The maximum itself is always kept, also where rounding puts the mean above it.
+    if mask is None:
+        shifted = scores - scores.amax(dim, keepdim=True)
+        mean = shifted.mean(dim, keepdim=True)
+    else:
+        lowest = scores.new_full((), -float("inf"))
+        largest = scores.where(mask, lowest).amax(dim, keepdim=True)
+        shifted = (scores - largest).where(mask, 0.0)
+        count = mask.expand_as(scores).sum(dim, keepdim=True)
+        mean = shifted.sum(dim, keepdim=True) / count.clamp_min(1)
+    return (shifted >= mean) | (shifted == 0)
+
+
+class EvSoftMax(TruncatedSoftMax):
+    """Evidential SoftMax: SoftMax over the scores that are at least the mean of their row.
+
+    Args:
+        floor: in (0, 1), what is left of the SoftMax weight below the mean in training and in the
+            loss; in evaluation it is 0.
+    """
+
+    def __init__(self, floor: float = 1e-6) -> None:
+        super().__init__(floor, training_floor=True)
+
+    def keep(self, scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+        return _keep(scores, dim, mask)
+
+    def extra_repr(self) -> str:
+        return f"floor={self.floor:g}"

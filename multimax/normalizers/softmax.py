@@ -1,0 +1,78 @@
+"""SoftMax with a fixed or learned temperature."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from multimax.normalizers.base import (
+    ModulatedSoftMax,
+    check_mask,
+    masked_softmax,
+    to_compute_precision,
+)
+
+
+def softmax(
+    scores: Tensor, dim: int = -1, mask: Tensor | None = None, *, temperature: float | Tensor = 1.0
+) -> Tensor:
+    """SoftMax of `scores / temperature`.
+
+    Args:
+        scores: real, any shape; fp16 and bf16 are computed in fp32.
+        dim: the dimension that sums to one.
+        mask: bool, broadcastable to `scores`, True where mass is allowed.
+        temperature: > 0; a tensor must broadcast to `scores`. High is uniform, low is one-hot.
+
+    Returns:
+        Probabilities of the shape and dtype of `scores`: 0 where masked, all zeros for an
+        all-masked row.
+
+    Raises:
+        ValueError: `temperature` is a number that is not positive, or `mask` is not boolean.
+    """
+    check_mask(mask)
+    return masked_softmax(_scale(scores, temperature), dim, mask).to(scores.dtype)
+
+
+def _scale(scores: Tensor, temperature: float | Tensor) -> Tensor:
+    scores_compute = to_compute_precision(scores)
+    if isinstance(temperature, Tensor):
+        return scores_compute / temperature.to(scores_compute.dtype)
+    _check_temperature(temperature)
+    return scores_compute if temperature == 1 else scores_compute / temperature
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be a finite number > 0, got {temperature}")
+
+
+class SoftMax(ModulatedSoftMax):
+    """SoftMax of `scores / temperature`.
+
+    Args:
+        temperature: > 0, the temperature, or where it starts when learned.
+        learned: train the temperature (stored as its logarithm, so that it stays positive).
+    """
+
+    def __init__(self, temperature: float = 1.0, learned: bool = False) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        self.fixed_temperature = None if learned else float(temperature)
+        if learned:
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """The temperature in use: a float if fixed, a tensor of shape (1,) if learned."""
+        if self.fixed_temperature is not None:
+            return self.fixed_temperature
+        return self.log_temperature.exp()
+
+    def modulate(self, scores: Tensor) -> Tensor:
+        return _scale(scores, self.temperature)
+
+    def extra_repr(self) -> str:
+        fixed = self.fixed_temperature
+        return "temperature=learned" if fixed is None else f"temperature={fixed:g}"

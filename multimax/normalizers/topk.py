@@ -1,0 +1,72 @@
+"""SoftMax over the k largest scores of a row."""
+
+import torch
+from torch import Tensor
+
+from multimax.normalizers.base import check_mask, to_compute_precision
+from multimax.normalizers.truncated import TruncatedSoftMax, truncated_softmax
+
+
+def topk(scores: Tensor, k: int, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+    """SoftMax over the k largest scores of each row, zero elsewhere.
+
+    Scores that tie with the k-th largest are all kept, so that the result does not depend on the
+    order of the entries.
+
+    Args:
+        scores: real, any shape; fp16 and bf16 are computed in fp32.
+        k: >= 1; a row with fewer (allowed) entries keeps them all.
+        dim: the dimension that sums to one.
+        mask: bool, broadcastable to `scores`, True where mass is allowed; the k largest are
+            taken among these entries.
+
+    Returns:
+        Probabilities of the shape and dtype of `scores`: 0 where masked, all zeros for an
+        all-masked row.
+
+    Raises:
+        ValueError: `k` is not a positive integer, or `mask` is not boolean.
+
+    Source: Gupta et al., Memory-efficient Transformers via Top-k Attention, 2021; Wang et al.,
+    KVT: k-NN Attention, ECCV 2022.
+    """
+    _check_k(k)
+    check_mask(mask)
+    x = to_compute_precision(scores)
+    return truncated_softmax(x, _keep(x, k, dim, mask), dim, mask, 0.0).to(scores.dtype)
+
+
+def _keep(scores: Tensor, k: int, dim: int, mask: Tensor | None) -> Tensor:
+    scores = scores.detach()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if k >= scores.size(dim):
+        return torch.ones_like(scores, dtype=torch.bool)
+    kth_largest = scores.topk(k, dim).values.narrow(dim, k - 1, 1)
+    return scores >= kth_largest
+
+
+def _check_k(k: int) -> None:
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k must be an integer >= 1, got {k!r}")
+
+
+class TopK(TruncatedSoftMax):
+    """SoftMax over the k largest scores of a row.
+
+    Args:
+        k: >= 1; k-NN attention uses 100 of the 197 tokens of DeiT.
+        floor: in (0, 1); as an output layer, the share of their SoftMax weight that the other
+            entries keep in the loss, which would be infinite without it.
+    """
+
+    def __init__(self, k: int = 100, floor: float = 1e-6) -> None:
+        super().__init__(floor, training_floor=False)
+        _check_k(k)
+        self.k = k
+
+    def keep(self, scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+        return _keep(scores, self.k, dim, mask)
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"

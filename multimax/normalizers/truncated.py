@@ -1,0 +1,72 @@
+"""SoftMax over a part of the row: what top-k and evidential SoftMax share."""
+
+import math
+from abc import abstractmethod
+
+from torch import Tensor
+
+from multimax.normalizers.base import (
+    LogitNormalizer,
+    check_mask,
+    masked_softmax,
+    to_compute_precision,
+)
+
+
+def truncated_softmax(
+    scores: Tensor, keep: Tensor, dim: int, mask: Tensor | None, floor: float
+) -> Tensor:
+    """SoftMax whose weights outside `keep` are multiplied by `floor`, then renormalized.
+
+    Args:
+        scores: real, in compute precision.
+        keep: bool, shape of `scores`.
+        dim: the dimension that sums to one.
+        mask: bool or None; True where mass is allowed.
+        floor: in [0, 1); 0 gives exact zeros.
+    """
+    if floor:
+        return masked_softmax(floored_logits(scores, keep, floor), dim, mask)
+    return masked_softmax(scores, dim, keep if mask is None else keep & mask)
+
+
+def floored_logits(scores: Tensor, keep: Tensor, floor: float) -> Tensor:
+    """Scores with log(floor) added outside `keep`, as a sum so that they keep their gradient."""
+    return scores + math.log(floor) * (~keep).to(scores.dtype)
+
+
+def check_floor(floor: float) -> None:
+    """Raise ValueError for a floor that is not a share."""
+    if not 0 <= floor < 1:
+        raise ValueError(f"floor must be in [0, 1), got {floor}")
+
+
+class TruncatedSoftMax(LogitNormalizer):
+    """SoftMax over the entries that `keep` selects.
+
+    Args:
+        floor: what is left of the weight of the other entries while training, in (0, 1); in
+            evaluation they get exactly 0. `training_floor=False` gives zeros in training too.
+    """
+
+    def __init__(self, floor: float, training_floor: bool) -> None:
+        super().__init__()
+        check_floor(floor)
+        if not floor:
+            raise ValueError("floor must be > 0: the loss of an exact zero is infinite")
+        self.floor = floor
+        self.training_floor = training_floor
+
+    @abstractmethod
+    def keep(self, scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+        """bool, shape of `scores`: True for the entries that SoftMax runs over."""
+
+    def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+        check_mask(mask)
+        x = to_compute_precision(scores)
+        floor = self.floor if self.training and self.training_floor else 0.0
+        return truncated_softmax(x, self.keep(x, dim, mask), dim, mask, floor).to(scores.dtype)
+
+    def logits(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+        x = to_compute_precision(scores)
+        return floored_logits(x, self.keep(x, dim, mask), self.floor)
