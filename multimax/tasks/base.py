@@ -1,0 +1,64 @@
+"""What the trainer asks of a task; a task knows its data, its model and its loss."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class TrainLoader(Protocol):
+    """The training batches of one process."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch, the same in every process."""
+        ...
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The batches of an epoch from index `start` on; the same ones whatever `start` is.
+
+        The caller has seeded the global generators for the epoch.
+        """
+        ...
+
+
+class Task(ABC):
+    """Data, model and loss of one of the paper's tasks.
+
+    Attributes:
+        model: the network; the trainer moves it to its device and wraps it.
+        train_loader: training batches of this process.
+        splits: names of the evaluation splits, each with its number of examples.
+        monitor: the figure that picks the best checkpoint, such as "valid/top1".
+        higher_is_better: whether `monitor` is to rise.
+        unit: what a batch is counted in, such as "images".
+    """
+
+    model: nn.Module
+    train_loader: TrainLoader
+    splits: dict[str, int]
+    monitor: str
+    higher_is_better: bool
+    unit: str
+
+    @abstractmethod
+    def describe(self) -> dict[str, str]:
+        """What a reader wants to know before training starts: data, model, normalizers."""
+
+    @abstractmethod
+    def weight(self, batch: Any) -> int:
+        """Units in a batch; losses of several batches are averaged with this weight."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Mean training loss of a batch; `model` is `self.model` as wrapped by the trainer."""
+
+    @abstractmethod
+    def evaluate(
+        self, model: nn.Module, split: str, reduce: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """Figures of one split over all processes; `reduce` sums a tensor over them."""
+
+    @abstractmethod
+    def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """Figures of each normalizer on a few evaluation batches, by module name."""

@@ -1,0 +1,182 @@
+"""Where a run reports to: its own JSON lines, the terminal, and Weights & Biases."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Logger(Protocol):
+    """Receives the figures of a run; `update` counts the optimizer updates since its start."""
+
+    def resume(self, update: int) -> None:
+        """Forget what was logged after `update`: it will be logged again."""
+
+    def log(self, update: int, figures: dict[str, float]) -> None:
+        """Record figures by name, such as `train/loss`."""
+
+    def finish(self, summary: dict[str, float]) -> None:
+        """Record the final figures and close."""
+
+
+class JsonLinesLogger:
+    """`metrics.jsonl` in the run folder, one object a line; always on."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def resume(self, update: int) -> None:
+        lines = self.path.read_text().splitlines() if update and self.path.exists() else []
+        kept = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the line that a kill cut short
+            if entry["update"] <= update:
+                kept.append(line + "\n")
+        self.path.write_text("".join(kept))
+
+    def log(self, update: int, figures: dict[str, float]) -> None:
+        with self.path.open("a") as stream:
+            stream.write(json.dumps({"update": update, **figures}) + "\n")
+
+    def finish(self, summary: dict[str, float]) -> None:
+        pass
+
+
+class WandbLogger:
+    """A mirror of the run in Weights & Biases; any failure there is said once and costs no run.
+
+    Args:
+        mode: "auto" is online if the user is logged in and offline otherwise; "online", "offline"
+            or "disabled" force it.
+        folder: the run folder; W&B's own files go below it.
+        run: `name`, `id`, `group`, `tags` and `config` of the run.
+    """
+
+    def __init__(self, mode: str, folder: Path, run: dict[str, Any]) -> None:
+        self.run = None
+        if mode == "disabled":
+            return
+        try:
+            import wandb
+
+            online = mode == "online" or (mode == "auto" and _logged_in(wandb))
+            self.run = wandb.init(
+                project="multimax",
+                dir=folder,
+                mode="online" if online else "offline",
+                resume="allow",
+                settings=wandb.Settings(init_timeout=60, silent=True, console="off"),
+                **run,
+            )
+        except Exception as error:  # a broken mirror must not stop the run
+            self._give_up(error)
+
+    def resume(self, update: int) -> None:
+        pass  # W&B keys its history by the `update` figure, which simply comes again
+
+    def log(self, update: int, figures: dict[str, float]) -> None:
+        if self.run is not None:
+            try:
+                self.run.log({"update": update, **figures})
+            except Exception as error:
+                self._give_up(error)
+
+    def finish(self, summary: dict[str, float]) -> None:
+        if self.run is not None:
+            try:
+                self.run.summary.update(summary)
+                self.run.finish()
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self.run = None
+        log.warning(
+            "Weights & Biases is off for this run (%s: %s); the run goes on and metrics.jsonl has "
+            "everything. Silence this with logger.wandb=disabled",
+            type(error).__name__,
+            str(error).splitlines()[0] if str(error) else "no message",
+        )
+
+
+def _logged_in(wandb: Any) -> bool:
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return False
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False, verify=False))
+
+
+class ProgressDisplay:
+    """A bar with loss, rate and remaining time on a terminal, a plain line now and then elsewhere.
+
+    Args:
+        console: where to.
+        total: updates of the whole run.
+        unit: what the rate counts, such as "images".
+        every: seconds between two plain lines.
+    """
+
+    def __init__(self, console: Console, total: int, unit: str, every: float = 10.0) -> None:
+        self.console, self.total, self.unit, self.every = console, total, unit, every
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.row = self.bar.add_task("training", total=total, figures="")
+        self.printed = self.started = time.monotonic()
+        self.first_update = 0
+
+    def __enter__(self) -> "ProgressDisplay":
+        self.bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.bar.__exit__(*error)
+
+    def start_at(self, update: int) -> None:
+        """Begin at an update other than 0, so that the rate counts only what this process does."""
+        self.first_update = update
+        self.printed = self.started = time.monotonic()
+        self.bar.reset(self.row, completed=update, figures="")
+
+    def show(self, update: int, epoch: int, loss: float, learning_rate: float, rate: float) -> None:
+        """Show the state after an update; `rate` in units per second."""
+        figures = f"loss {loss:.4f}  {rate:,.0f} {self.unit}/s"
+        self.bar.update(
+            self.row, completed=update, description=f"epoch {epoch + 1}", figures=figures
+        )
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self.printed > self.every):
+            self.printed = now
+            per_update = (now - self.started) / max(update - self.first_update, 1)
+            left = (self.total - update) * per_update
+            self.print(
+                f"epoch {epoch + 1}  update {update}/{self.total}  {figures}  "
+                f"lr {learning_rate:.2e}  {left:.0f} s left"
+            )
+
+    def print(self, line: str) -> None:
+        """Print a line above the bar."""
+        self.bar.console.print(line, highlight=False, soft_wrap=True)

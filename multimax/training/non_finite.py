@@ -1,0 +1,62 @@
+"""Finding the tensor in which a NaN or an infinity first appeared."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multimax.tasks.base import Task
+
+
+def describe_non_finite(task: Task, group: list[Any], update: int, loss: float) -> str:
+    """Say where the numbers broke, from the parameters, the batch and a forward pass with hooks."""
+    culprit = (
+        _first("parameter", task.model.named_parameters())
+        or _first("buffer", task.model.named_buffers())
+        or _first("input", ((str(i), t) for batch in group for i, t in enumerate(_tensors(batch))))
+        or _first_output(task, group)
+        or "no single tensor: the loss itself overflows"
+    )
+    return (
+        f"the loss is {loss} at update {update}; first non-finite: {culprit}. The last checkpoint "
+        "is intact. Lower optimizer.lr, set trainer.clip_norm, or use trainer.precision=no or bf16"
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def _first(kind: str, named: Any) -> str | None:
+    for name, tensor in named:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            return f"{kind} {name} ({count} of its {tensor.numel()} entries)"
+    return None
+
+
+def _first_output(task: Task, group: list[Any]) -> str | None:
+    """The first module, in order of execution, whose output is not finite."""
+    found: list[str] = []
+
+    def hook(name: str):
+        def check(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if not found:
+                hit = _first("output of", ((name or "the model", t) for t in _tensors(output)))
+                found.extend([hit] if hit else [])
+
+        return check
+
+    handles = [m.register_forward_hook(hook(name)) for name, m in task.model.named_modules()]
+    try:
+        with torch.no_grad():
+            for batch in group:
+                task.loss(task.model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

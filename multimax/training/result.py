@@ -1,0 +1,136 @@
+"""The one result of a run: `result.json`, and the same as tables for a reader."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from multimax.normalizers import Normalizer
+
+SCHEMA = 1
+PACKAGES = ("multimax", "torch", "torchvision", "timm", "accelerate", "hydra-core", "numpy")
+COLUMNS = {
+    "entropy": "entropy",
+    "support_size": "support",
+    "sparsity": "S",
+    "multi_modality": "M",
+    "decreasing_share": "falling",
+}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware, so that a result can be repeated and compared."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": versions,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "hardware": {
+            "device": torch.cuda.get_device_name() if cuda else _processor(),
+            "cuda_devices": torch.cuda.device_count(),
+            "cpu_count": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "platform": f"{platform.system()} {platform.machine()}",
+        },
+        "peak_memory_mib": peak_memory_mib(),
+    }
+
+
+def peak_memory_mib() -> dict[str, float]:
+    """Peak memory of this process so far, in MiB, on the host and on its CUDA device."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    device = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    return {"host": round(host, 1), "cuda": round(device, 1)}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _git(*command: str) -> str | None:
+    try:
+        folder = Path(__file__).parent
+        done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def learned_scalars(model: nn.Module) -> dict[str, list[float]]:
+    """The trained values of every normalizer, by parameter name."""
+    return {
+        f"{name}.{parameter_name}".lstrip("."): parameter.detach().float().flatten().tolist()
+        for name, module in model.named_modules()
+        if isinstance(module, Normalizer)
+        for parameter_name, parameter in module.named_parameters()
+    }
+
+
+def now() -> str:
+    """The current time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def print_result(console: Console, result: dict[str, Any], folder: Path) -> None:
+    """Print the figures of each split, those of each normalizer, and where everything is."""
+    figures = Table(title=f"{result['experiment']} ({result['scale']} scale)", title_justify="left")
+    splits = list(result["metrics"])
+    figures.add_column("figure")
+    for split in splits:
+        examples = result["metrics"][split]["examples"]
+        figures.add_column(f"{split} (n = {examples:,})", justify="right")
+    names = [name for name in result["metrics"][splits[0]] if name != "examples"]
+    for name in names:
+        figures.add_row(name, *(f"{result['metrics'][split][name]:.4g}" for split in splits))
+    console.print(figures)
+    _print_normalizers(console, result["normalizers"])
+    console.print(
+        f"{result['updates']} updates in {result['training_seconds']:.0f} s of training, "
+        f"peak memory {result['peak_memory_mib']['host']:.0f} MiB",
+        highlight=False,
+    )
+    for name in ("result.json", "metrics.jsonl", "best.pt", "last.pt"):
+        if (folder / name).exists():
+            console.print(f"  {folder / name}", highlight=False, soft_wrap=True)
+
+
+def _print_normalizers(console: Console, normalizers: dict[str, dict[str, float]]) -> None:
+    present = [key for key in COLUMNS if any(key in row for row in normalizers.values())]
+    table = Table(
+        title="attention layers and output layer",
+        caption="means over evaluation rows: entropy in nats, support = entries > 0, sparsity S "
+        "and multi-modality M as in the paper, falling = share of scores that MultiMax reverses",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("layer", no_wrap=True)
+    for key in present:
+        table.add_column(COLUMNS[key], justify="right")
+    for name, row in normalizers.items():
+        cells = [row.get(key) for key in present]
+        table.add_row(
+            name.removesuffix(".normalizer"),
+            *("" if cell is None else f"{cell:.3f}" for cell in cells),
+        )
+    console.print(table)

@@ -1,0 +1,222 @@
+"""One run from a composed configuration to its result."""
+
+import json
+import math
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from multimax.tasks import build_task
+from multimax.tasks.base import Task
+from multimax.training.config import check_config, config_hash, run_folder
+from multimax.training.files import locked, write_atomically, write_json
+from multimax.training.loggers import JsonLinesLogger, Logger, ProgressDisplay, WandbLogger
+from multimax.training.random_state import seed_everything
+from multimax.training.result import SCHEMA, environment, learned_scalars, now, print_result
+from multimax.training.trainer import Trainer
+
+INITIALIZATION = 2**32 - 1  # the "epoch" whose random stream draws the initial weights
+
+
+def run(config: DictConfig, console: Console | None = None) -> dict[str, Any]:
+    """Train, evaluate and write `result.json`; a finished run is only read back.
+
+    Args:
+        config: composed from `configs/`.
+        console: where to report to; None is the terminal.
+
+    Returns:
+        The content of `result.json`.
+
+    Raises:
+        ValueError: a setting is out of range, or another process has the run folder.
+        FileNotFoundError: data or the checkpoint to resume from is missing.
+        FloatingPointError: training diverged.
+        InterruptedRunError: a signal arrived; the same command goes on from here.
+        OSError: a file cannot be written, for example because the disk is full.
+    """
+    console = console or Console()
+    accelerator = _accelerator(config)
+    try:
+        check_config(config, accelerator.num_processes)
+        folder = run_folder(config)
+        if not accelerator.is_main_process:
+            accelerator.wait_for_everyone()
+            return _run(config, accelerator, folder, None)
+        with locked(folder):
+            if config.resume == "never":
+                _set_aside(folder)
+            accelerator.wait_for_everyone()
+            return _run(config, accelerator, folder, console)
+    finally:
+        # A sweep makes one Accelerator after another; their settings would otherwise be shared.
+        AcceleratorState._reset_state()
+
+
+def _accelerator(config: DictConfig) -> Accelerator:
+    precision = config.trainer.precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("trainer.precision=fp16 needs a CUDA device: use bf16 or no on a CPU")
+    # Same configuration and seed, same numbers: also on a GPU, where this costs a little speed.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    return Accelerator(
+        mixed_precision=precision,
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+
+
+def _run(
+    config: DictConfig, accelerator: Accelerator, folder: Path, console: Console | None
+) -> dict[str, Any]:
+    result_file = folder / "result.json"
+    if result_file.exists():
+        return _finished(result_file, console)
+    seed_everything(config.seed, INITIALIZATION, 0)
+    task = build_task(
+        config, accelerator.process_index, accelerator.num_processes, accelerator.device
+    )
+    display, loggers = None, []
+    if console:
+        _describe(console, config, accelerator, task, folder)
+        loggers = _loggers(config, folder)
+        updates = len(task.train_loader) // config.trainer.accumulation
+        total = config.trainer.updates or config.trainer.epochs * updates
+        display = ProgressDisplay(console, total, task.unit)
+    trainer = Trainer(task, config, folder, accelerator, loggers, display)
+    checkpoint = _checkpoint_to_resume(config, trainer)
+    if checkpoint:
+        trainer.resume(checkpoint)
+        if console:
+            console.print(f"resuming from {checkpoint} at update {trainer.position.update}")
+    else:
+        for logger in loggers:
+            logger.resume(0)
+    trainer.fit()
+    return _finish(config, trainer, loggers, folder, console)
+
+
+def _finish(
+    config: DictConfig,
+    trainer: Trainer,
+    loggers: list[Logger],
+    folder: Path,
+    console: Console | None,
+) -> dict[str, Any]:
+    if config.trainer.report == "best":
+        trainer.load_best()
+    task, position = trainer.task, trainer.position
+    metrics = {
+        split: trainer.evaluate(split) | {"examples": examples}
+        for split, examples in task.splits.items()
+    }
+    result = {
+        "schema": SCHEMA,
+        "experiment": config.name,
+        "task": config.task.name,
+        "scale": config.scale.name,
+        "seed": config.seed,
+        "config_hash": config_hash(config),
+        "config": OmegaConf.to_container(config, resolve=True),
+        "metrics": metrics,
+        "reported_weights": config.trainer.report,
+        "best": {"figure": task.monitor, "value": position.best, "update": position.best_update},
+        "normalizers": _without_nan(trainer.inspect()),
+        "learned_scalars": learned_scalars(task.model),
+        "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
+        "updates": position.update,
+        "training_seconds": round(position.seconds, 2),
+        "processes": trainer.accelerator.num_processes,
+        **environment(),
+        "finished": now(),
+    }
+    if console:
+        write_json(folder / "result.json", result)
+        for logger in loggers:
+            logger.finish(
+                {f"{split}/{name}": v for split, row in metrics.items() for name, v in row.items()}
+            )
+        print_result(console, result, folder)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _without_nan(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    return {
+        name: {key: None if math.isnan(value) else value for key, value in row.items()}
+        for name, row in rows.items()
+    }
+
+
+def _finished(result_file: Path, console: Console | None) -> dict[str, Any]:
+    result = json.loads(result_file.read_text())
+    if console:
+        console.print(
+            "this configuration and seed is finished; here is its result (resume=never runs it "
+            "again and keeps this one aside)"
+        )
+        print_result(console, result, result_file.parent)
+    return result
+
+
+def _set_aside(folder: Path) -> None:
+    """Move what a folder holds into `previous-1`, `previous-2`, ...: nothing is ever deleted."""
+    old = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith("previous-")]
+    if old:
+        number = sum(1 for _ in folder.glob("previous-*")) + 1
+        target = folder / f"previous-{number}"
+        target.mkdir()
+        for path in old:
+            path.rename(target / path.name)
+
+
+def _describe(
+    console: Console, config: DictConfig, accelerator: Accelerator, task: Task, folder: Path
+) -> None:
+    devices = f"{accelerator.num_processes} x {accelerator.device}"
+    scale = config.scale.name
+    rows = {
+        "run": f"{config.name}: {config.task.name} at {scale} scale, seed {config.seed}",
+        **task.describe(),
+        "device": f"{devices}, {torch.get_num_threads()} threads, precision "
+        f"{config.trainer.precision}",
+        "results": str(folder),
+    }
+    for name, value in rows.items():
+        console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True, markup=False)
+    resolved = OmegaConf.to_yaml(config, resolve=True).encode()
+    write_atomically(folder / "config.yaml", lambda stream: stream.write(resolved))
+
+
+def _loggers(config: DictConfig, folder: Path) -> list[Logger]:
+    identity = folder / "wandb_id"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:8])
+    run = {
+        "name": folder.name,
+        "id": identity.read_text().strip(),
+        "group": config.name,
+        "tags": list(config.tags),
+        "config": OmegaConf.to_container(config, resolve=True),
+    }
+    return [
+        JsonLinesLogger(folder / "metrics.jsonl"),
+        WandbLogger(config.logger.wandb, folder, run),
+    ]
+
+
+def _checkpoint_to_resume(config: DictConfig, trainer: Trainer) -> Path | None:
+    if config.resume in ("auto", "never"):
+        return trainer.last_checkpoint if trainer.last_checkpoint.exists() else None
+    path = Path(config.resume)
+    return path / "last.pt" if path.is_dir() else path

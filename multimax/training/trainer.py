@@ -1,0 +1,340 @@
+"""One trainer for all tasks, on one CPU, one GPU, or many processes under torchrun."""
+
+import contextlib
+import itertools
+import math
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from omegaconf import DictConfig
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from multimax.tasks.base import Task
+from multimax.training.files import load_checkpoint, save_checkpoint
+from multimax.training.loggers import Logger, ProgressDisplay
+from multimax.training.non_finite import describe_non_finite
+from multimax.training.optimization import GradientClipping, LearningRate, build_optimizer
+from multimax.training.random_state import random_state, restore_random_state, seed_everything
+
+CHECKPOINT_FORMAT = 1
+
+
+class InterruptedRunError(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+@dataclass
+class Position:
+    """How far a run has come: it begins again exactly here."""
+
+    update: int = 0
+    epoch: int = 0
+    batch: int = 0  # batches of this process already drawn in this epoch
+    seconds: float = 0.0  # of training, over all processes that had a part in it
+    best: float | None = None
+    best_update: int = 0
+
+
+class Trainer:
+    """Trains the model of a task, evaluates it now and then, and keeps its state on disk.
+
+    Args:
+        task: data, model and loss.
+        config: the composed configuration; `trainer`, `optimizer`, `schedule` and `seed` are read.
+        folder: the run folder; `last.pt` and `best.pt` are written there.
+        accelerator: devices, processes and precision.
+        loggers: receive the figures; empty except in the main process.
+        display: the progress bar.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: DictConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        loggers: list[Logger],
+        display: ProgressDisplay | None,
+    ) -> None:
+        self.task, self.config, self.folder = task, config, folder
+        self.accelerator, self.loggers, self.display = accelerator, loggers, display
+        options = config.trainer
+        self.accumulation = options.accumulation
+        self.updates_per_epoch = len(task.train_loader) // self.accumulation
+        self.updates_per_unit = self.updates_per_epoch if options.epochs else 1
+        self.length = options.epochs or options.updates
+        self.total_updates = self.length * self.updates_per_unit
+        self.position = Position()
+
+        task.model.to(accelerator.device)
+        decay = options.ema_decay
+        self.ema = None if decay is None else ModelEmaV3(task.model, decay=decay)
+        if options.compile:
+            task.model.compile()
+        optimizer = build_optimizer(task.model, config.optimizer)
+        self.learning_rate = LearningRate(
+            optimizer, config.schedule, self.length, self.updates_per_unit
+        )
+        self.clip = GradientClipping(task.model, options.clip_norm)
+        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
+        self._saved_random_state: dict[str, Any] | None = None
+        self._stop_signal: int | None = None
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The whole state of the run, to resume from."""
+        return self.folder / "last.pt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The weights at the best value of the task's monitored figure."""
+        return self.folder / "best.pt"
+
+    def fit(self, stop_after: int | None = None) -> None:
+        """Train to the end, or until `stop_after` updates; the state is then on disk.
+
+        Raises:
+            InterruptedRunError: SIGTERM or SIGINT arrived; the state is on disk.
+            FloatingPointError: the loss is not finite; the message says which tensor is to blame.
+        """
+        end = self.total_updates if stop_after is None else min(stop_after, self.total_updates)
+        with self._catching_signals(), self.display or contextlib.nullcontext():
+            if self.display:
+                self.display.start_at(self.position.update)
+            while self.position.update < end:
+                self._run_epoch(end)
+            if self.position.update < self.total_updates:
+                self.save()
+
+    def _run_epoch(self, end: int) -> None:
+        position = self.position
+        seed_everything(self.config.seed, position.epoch, self.accelerator.process_index)
+        batches = self.task.train_loader.batches(position.epoch, position.batch)
+        if self._saved_random_state is not None:
+            restore_random_state(self._saved_random_state)
+            self._saved_random_state = None
+        for update in range(position.batch // self.accumulation, self.updates_per_epoch):
+            if position.update >= end:
+                return
+            started = time.monotonic()
+            group = list(itertools.islice(batches, self.accumulation))
+            figures = self._update(group)
+            elapsed = time.monotonic() - started
+            position.update += 1
+            position.batch += self.accumulation
+            position.seconds += elapsed
+            self._report(figures, elapsed)
+            if update + 1 == self.updates_per_epoch:
+                position.epoch, position.batch = position.epoch + 1, 0
+            self._after_update()
+
+    def _update(self, group: list[Any]) -> dict[str, float]:
+        """One optimizer update from the batches of `group`; returns its figures."""
+        if len(group) < self.accumulation:
+            raise RuntimeError("the train loader ended before its length: its __len__ is wrong")
+        self.model.train()
+        self.learning_rate.set(self.position.update)
+        weights = [self.task.weight(batch) for batch in group]
+        processes = self.accelerator.num_processes
+        total = self._sum(torch.tensor(float(sum(weights)), device=self.accelerator.device)).item()
+        loss_sum = torch.zeros((), device=self.accelerator.device)
+        for index, (batch, weight) in enumerate(zip(group, weights, strict=True)):
+            with self._synchronizing(index == len(group) - 1):
+                with self.accelerator.autocast():
+                    loss = self.task.loss(self.model, batch)
+                share = weight / total
+                # DDP averages gradients over processes; `share` already counts all of them.
+                self.accelerator.backward(loss * (share * processes))
+            loss_sum += loss.detach().float() * share
+        mean_loss = self._sum(loss_sum).item()
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(
+                describe_non_finite(self.task, group, self.position.update, mean_loss)
+            )
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        norm = self.clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.task.model)
+        return {
+            "train/loss": mean_loss,
+            "train/gradient_norm": norm.item(),
+            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train/units": total,
+        }
+
+    def _synchronizing(self, last: bool) -> contextlib.AbstractContextManager:
+        # DDP exchanges gradients once an update, with the last of its batches.
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        if self.accelerator.num_processes == 1:
+            return tensor
+        return cast(Tensor, self.accelerator.reduce(tensor))
+
+    def _report(self, figures: dict[str, float], elapsed: float) -> None:
+        rate = figures.pop("train/units") / elapsed
+        position = self.position
+        if self.display:
+            self.display.show(
+                position.update,
+                position.epoch,
+                figures["train/loss"],
+                figures["train/learning_rate"],
+                rate,
+            )
+        if position.update % self.config.trainer.log_every == 0:
+            self.log({**figures, "train/rate": rate})
+
+    def _after_update(self) -> None:
+        """Evaluate and save where the configuration asks for it, and stop where a signal does."""
+        options, position = self.config.trainer, self.position
+        units, odd = divmod(position.update, self.updates_per_unit)
+        done = position.update == self.total_updates
+        stop = self._stop_requested() and not done
+        due = done or (not odd and units % options.evaluate_every == 0)
+        if due:
+            self.evaluate_and_keep_best()
+        if due or stop:
+            self.save()
+        if stop:
+            raise InterruptedRunError(f"stopped by a signal after update {position.update}")
+
+    def evaluate_and_keep_best(self) -> None:
+        """Evaluate on the split of the task's monitored figure and keep the weights if best."""
+        split = self.task.monitor.split("/")[0]
+        figures = self.evaluate(split)
+        self.log({f"{split}/{name}": value for name, value in figures.items()})
+        value = figures[self.task.monitor.split("/")[1]]
+        best = self.position.best
+        if best is None or (value > best if self.task.higher_is_better else value < best):
+            self.position.best, self.position.best_update = value, self.position.update
+            if self.accelerator.is_main_process:
+                save_checkpoint(self.best_checkpoint, self._weights())
+        if self.display:
+            listed = "  ".join(f"{name} {number:.4g}" for name, number in figures.items())
+            self.display.print(f"after update {self.position.update}: {split}  {listed}")
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Figures of one split; with EMA also those of the averaged weights, as `ema_...`."""
+        figures = self._evaluate_model(self.task.model, split)
+        if self.ema is not None:
+            averaged = self._evaluate_model(self.ema.module, split)
+            figures |= {f"ema_{name}": value for name, value in averaged.items()}
+        return figures
+
+    def _evaluate_model(self, model: nn.Module, split: str) -> dict[str, float]:
+        model.eval()
+        with torch.inference_mode(), self.accelerator.autocast():
+            return self.task.evaluate(model, split, self._sum)
+
+    def inspect(self) -> dict[str, dict[str, float]]:
+        """Figures of each normalizer on a few evaluation batches, by module name."""
+        self.task.model.eval()
+        with torch.inference_mode(), self.accelerator.autocast():
+            return self.task.inspect(self.task.model)
+
+    def log(self, figures: dict[str, float]) -> None:
+        """Send figures of the current update to all loggers."""
+        for logger in self.loggers:
+            logger.log(self.position.update, figures)
+
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "position": asdict(self.position),
+            "model": self.task.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+        }
+
+    def save(self) -> None:
+        """Write `last.pt`: all that resuming needs, of all processes."""
+        random_states = gather_object([random_state()])
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = self._weights() | {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "random_states": random_states,
+            }
+            save_checkpoint(self.last_checkpoint, state)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, path: Path) -> None:
+        """Take over the state that `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a checkpoint of this configuration.
+        """
+        state = load_checkpoint(path)
+        missing = {"format", "position", "model", "ema", "optimizer", "scaler", "random_states"}
+        missing -= set(state)
+        if missing or state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(
+                f"{path} cannot be resumed (missing: {', '.join(sorted(missing)) or 'nothing'}; "
+                f"format {state.get('format')}, expected {CHECKPOINT_FORMAT}): give a last.pt "
+                "of this version, or start afresh with resume=never"
+            )
+        self._load_weights(state, path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.position = Position(**state["position"])
+        states = state["random_states"]
+        if self.position.batch and len(states) == self.accelerator.num_processes:
+            self._saved_random_state = states[self.accelerator.process_index]
+        for logger in self.loggers:
+            logger.resume(self.position.update)
+
+    def load_best(self) -> None:
+        """Put the weights of `best.pt` into the model."""
+        self._load_weights(load_checkpoint(self.best_checkpoint), self.best_checkpoint)
+
+    def _load_weights(self, state: dict[str, Any], path: Path) -> None:
+        if (state["ema"] is None) != (self.ema is None):
+            raise ValueError(
+                f"{path} was written {'without' if state['ema'] is None else 'with'} EMA: "
+                "set trainer.ema_decay as it was, or start afresh with resume=never"
+            )
+        try:
+            self.task.model.load_state_dict(state["model"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path} does not fit the configured model: {error}. Use the configuration that it "
+                "was trained with, or start afresh with resume=never"
+            ) from error
+
+    @contextlib.contextmanager
+    def _catching_signals(self):
+        def remember(number: int, _frame: Any) -> None:
+            if self._stop_signal is not None:  # a second Ctrl-C does not wait
+                raise KeyboardInterrupt
+            self._stop_signal = number
+
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        previous = {number: signal.signal(number, remember) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _stop_requested(self) -> bool:
+        """Whether any process got a signal; all of them must agree on the update to stop after."""
+        if self.accelerator.num_processes == 1:
+            return self._stop_signal is not None
+        flag = torch.tensor(float(self._stop_signal is not None), device=self.accelerator.device)
+        return self._sum(flag).item() > 0

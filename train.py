@@ -1,0 +1,45 @@
+"""Train a model of the paper: compose the configuration, build the task, fit, test, write a result.
+
+python train.py experiment=deit_multimax
+python train.py --help
+"""
+
+import logging
+import sys
+
+import hydra
+from hydra import initialize
+from omegaconf import DictConfig
+
+from multimax.training.config import explain_bad_overrides
+from multimax.training.run import run
+from multimax.training.trainer import InterruptedRunError
+
+CONFIGS = "configs"
+
+
+@hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")
+def main(config: DictConfig) -> None:
+    """Run one configuration; Hydra calls this once, or once for each run of a sweep."""
+    logging.getLogger("multimax").addHandler(logging.StreamHandler())
+    try:
+        run(config)
+    except InterruptedRunError as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(143) from stop
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+def check_command_line(arguments: list[str]) -> None:
+    """Exit with the valid choices when a setting on the command line does not exist."""
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    with initialize(version_base="1.3", config_path=CONFIGS):
+        problem = explain_bad_overrides(overrides)
+    if problem:
+        raise SystemExit(f"error: {problem}\n`python train.py --help` lists the settings.")
+
+
+if __name__ == "__main__":
+    check_command_line(sys.argv[1:])
+    main()
