@@ -1,5 +1,7 @@
 """Scaled dot-product attention over any normalizer: scale, modulate, mask, normalize, dropout."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,8 @@ def attention(
         ValueError: `mask` is not boolean.
     """
     check_mask(mask)
-    scale = query.size(-1) ** -0.5 if scale is None else scale
+    if scale is None:
+        scale = 1 / math.sqrt(query.size(-1))
     scores = (query * scale) @ key.transpose(-2, -1)
     if causal:
         allowed = causal_mask(query.size(-2), key.size(-2), query.device)

@@ -1,0 +1,37 @@
+# `make help` lists what can be made. Everything runs in .venv, which `make setup` fills.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types benchmark clean
+
+help: ## list these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
+
+setup: $(VENV)/complete ## install everything into .venv, at the versions in constraints.txt
+
+$(VENV)/complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+demo: setup ## train a DeiT with MultiMax on embedded Fashion-MNIST, and draw what it learned
+	$(RUN) train.py experiment=deit_multimax logger.wandb=disabled
+	$(RUN) -m experiments.modulators
+
+test: setup lint types ## lint, type checks and all tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+lint: setup ## ruff: lint and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: setup ## pyright on the package
+	$(RUN) -m pyright
+
+benchmark: setup ## speed of every normalizer next to torch.softmax and the entmax package
+	$(RUN) -m benchmarks.normalizers
+
+clean: ## remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

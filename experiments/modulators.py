@@ -1,0 +1,114 @@
+"""Draw what a MultiMax run learned: the modulator of each layer, and the course of training.
+
+python -m experiments.modulators                       # the newest small-scale deit_multimax run
+python -m experiments.modulators outputs/paper/deit_multimax/RUN
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from multimax import modulate
+
+
+def main() -> None:
+    """Draw the run that the command line names into its own folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("run", nargs="?", type=Path, help="a run folder with a result.json")
+    folder = parser.parse_args().run or newest_run(Path("outputs/small/deit_multimax"))
+    print(draw(folder))
+
+
+def newest_run(parent: Path) -> Path:
+    """The run folder below `parent` that finished last.
+
+    Raises:
+        FileNotFoundError: none has finished.
+    """
+    results = sorted(parent.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
+    if not results:
+        raise FileNotFoundError(
+            f"no finished run below {parent}: python train.py experiment=deit_multimax"
+        )
+    return results[-1].parent
+
+
+def draw(folder: Path) -> Path:
+    """Draw `learned.png` into a run folder and return its path.
+
+    Raises:
+        FileNotFoundError: the folder has no result.json.
+        ValueError: the run has no MultiMax layer.
+    """
+    file = folder / "result.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: the run has not finished")
+    result = json.loads(file.read_text())
+    layers = modulators(result["learned_scalars"])
+    if not layers:
+        raise ValueError(f"{folder} has no MultiMax layer: use a run with attention=multimax")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    _draw_modulators(left, layers)
+    _draw_training(right, lines)
+    figure.suptitle(_title(result))
+    path = folder / "learned.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def modulators(scalars: dict[str, list[float]]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """`ts` and `ranges` of each MultiMax layer, from the learned scalars of a result."""
+    return {
+        name.removesuffix(".ts").removesuffix(".normalizer"): (
+            torch.tensor(values),
+            torch.tensor(scalars[name.removesuffix("ts") + "ranges"]),
+        )
+        for name, values in scalars.items()
+        if name.endswith(".ts")
+    }
+
+
+def _draw_modulators(axes: Axes, layers: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    scores = torch.linspace(-4, 4, 401)
+    axes.plot(scores, scores, color="0.6", linestyle="--", label="SoftMax (identity)")
+    colors = plt.get_cmap("viridis")(torch.linspace(0, 0.85, max(len(layers) - 1, 1)).numpy())
+    for index, (name, (ts, ranges)) in enumerate(layers.items()):
+        color = "tab:red" if name == "output" else colors[min(index, len(colors) - 1)]
+        axes.plot(scores, modulate(scores, ts, ranges), color=color, label=name)
+    axes.set(xlabel="score x", ylabel="modulated score", title="learned modulators")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _draw_training(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    train = [(line["update"], line["train/loss"]) for line in lines if "train/loss" in line]
+    valid = [(line["update"], line["valid/loss"]) for line in lines if "valid/loss" in line]
+    axes.plot(*zip(*train, strict=True), color="0.7", label="training loss")
+    if valid:
+        axes.plot(*zip(*valid, strict=True), "o-", color="tab:blue", label="validation loss")
+    axes.set(xlabel="update", ylabel="loss", title="training")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def _title(result: dict[str, Any]) -> str:
+    split = "test" if "test" in result["metrics"] else "valid"
+    figures = result["metrics"][split]
+    return (
+        f"{result['experiment']}, {result['scale']} scale, seed {result['seed']}: "
+        f"{figures['top1']:.1f} % top-1 on {figures['examples']:,} {split} images"
+    )
+
+
+if __name__ == "__main__":
+    main()
