@@ -1,0 +1,129 @@
+"""What every image data set offers to a task: its facts and its loaders."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) normalized float32, labels (B,) int64
+
+
+class TrainLoader(ABC):
+    """Shuffled, augmented batches; the same number of equally large batches on every rank."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches in an epoch; an incomplete last batch is dropped."""
+
+    @abstractmethod
+    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from batch `start` on.
+
+        They depend on the loader's seed, the epoch, the batch index and the rank alone, not on the
+        global random state, which is also left as it is: a run that resumes at `start` sees what
+        the uninterrupted run saw.
+        """
+
+
+class EvalLoader(ABC):
+    """Every example of the rank's share once, in order; the shares of all ranks are the split."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches on this rank; ranks can differ by one, and the last batch can be smaller."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+@dataclass
+class ImageData(ABC):
+    """An image classification data set.
+
+    Attributes:
+        name: name in tables and in the first lines of a run.
+        num_classes: number of classes.
+        class_names: by label.
+        image_size: height and width of the batches, in pixels.
+        channels: of the batches.
+        sizes: number of examples by split; "train" and, where they exist, "valid" and "test".
+    """
+
+    name: str
+    num_classes: int
+    class_names: list[str]
+    image_size: int
+    channels: int
+    sizes: dict[str, int]
+
+    @abstractmethod
+    def train_loader(
+        self, batch_size: int, rank: int, world_size: int, device: torch.device | str, seed: int
+    ) -> TrainLoader:
+        """Loader of the split "train".
+
+        Args:
+            batch_size: per process.
+            rank: of this process.
+            world_size: number of processes.
+            device: where the batches are wanted.
+            seed: >= 0, of order and augmentation; the same on all ranks.
+
+        Raises:
+            ValueError: the split is smaller than one batch over all ranks, or a value is out of
+                range.
+        """
+
+    @abstractmethod
+    def eval_loader(
+        self, split: str, batch_size: int, rank: int, world_size: int, device: torch.device | str
+    ) -> EvalLoader:
+        """Loader of any split without augmentation; arguments as for `train_loader`.
+
+        Raises:
+            ValueError: the data set has no such split, or a value is out of range.
+        """
+
+    def check_split(self, split: str) -> None:
+        """Raise ValueError for a split that the data set does not have."""
+        if split not in self.sizes:
+            raise ValueError(
+                f"data set {self.name!r} has no split {split!r}; it has: {', '.join(self.sizes)}"
+            )
+
+
+def check_share(batch_size: int, rank: int, world_size: int) -> None:
+    """Raise ValueError for a batch size or rank that cannot be."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
+
+
+def batches_per_epoch(name: str, examples: int, batch_size: int, world_size: int) -> int:
+    """Complete batches that every rank can get.
+
+    Raises:
+        ValueError: there is none.
+    """
+    count = examples // (batch_size * world_size)
+    if not count:
+        raise ValueError(
+            f"{name}: {examples} training examples are fewer than one batch of {batch_size} on "
+            f"{world_size} process(es): use a batch_size of at most {examples // world_size}"
+        )
+    return count
+
+
+def share(examples: int, rank: int, world_size: int) -> range:
+    """The consecutive examples that a rank evaluates; together the ranks cover each one once."""
+    return range(examples * rank // world_size, examples * (rank + 1) // world_size)
+
+
+def derive_seed(*key: int) -> int:
+    """A 64-bit seed from integers >= 0; neighbouring keys give unrelated seeds."""
+    # Its length, because SeedSequence takes (1, 2) and (1, 2, 0) for the same.
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0])

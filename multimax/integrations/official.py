@@ -1,0 +1,151 @@
+"""Checkpoints of the official MultiMax code (vision), read and written.
+
+There, the modulator of block i is `blocks.{i}.attn.ts` and `.ranges`, and that of the output layer
+is `ts` and `ranges`; here they belong to a normalizer: `blocks.{i}.attn.normalizer.ts` and
+`output.ts`. All other names are timm's in both.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NAMES = re.compile(r"(?P<block>blocks\.\d+\.attn\.)?(?P<scalars>ts|ranges)")
+_OUR_NAMES = re.compile(r"(?:output|(?P<block>blocks\.\d+\.attn)\.normalizer)\.(?P<scalars>.+)")
+
+
+def rename_official_keys(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    """Give official names in `state_dict`, in place, the names that `module` uses.
+
+    A `register_load_state_dict_pre_hook`, so that `load_state_dict` takes either layout. Our own
+    names pass unchanged.
+    """
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        match = _NAMES.fullmatch(key, len(prefix))
+        if match:
+            owner = f"{match['block']}normalizer." if match["block"] else "output."
+            state_dict[prefix + owner + match["scalars"]] = state_dict.pop(key)
+
+
+def to_official_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a vision transformer under the official names.
+
+    Raises:
+        ValueError: a normalizer holds something that the official layout has no name for.
+    """
+    official = {}
+    for key, value in model.state_dict().items():
+        match = _OUR_NAMES.fullmatch(key)
+        if match and match["scalars"] not in ("ts", "ranges"):
+            raise ValueError(
+                f"the official layout has no place for {key}: it knows only MultiMax with "
+                "affine=False, and plain SoftMax"
+            )
+        if match:
+            key = f"{match['block']}.{match['scalars']}" if match["block"] else match["scalars"]
+        official[key] = value
+    return official
+
+
+def load_official_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load a checkpoint file of the official code into a model of `build_vision_transformer`.
+
+    The weights may be wrapped as `{"model": ...}` (the trained weights are taken, not the averaged
+    ones) and carry DDP's "module." prefix. Nothing in the file is executed.
+
+    Args:
+        model: changed in place; unchanged if an error is raised.
+        path: the .pth file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a checkpoint, or does not fit the model; the message says which
+            option of the model to change.
+    """
+    state_dict = _read(Path(path))
+    rename_official_keys(model, state_dict, "")
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state_dict), sorted(state_dict.keys() - own)
+    reshaped = [
+        f"{key} is {tuple(state_dict[key].shape)} there and {tuple(own[key].shape)} here"
+        for key in own
+        if key in state_dict and state_dict[key].shape != own[key].shape
+    ]
+    if missing or unexpected or reshaped:
+        problems = [
+            *(f"{key} is missing there" for key in missing),
+            *(f"{key} does not exist here" for key in unexpected),
+            *reshaped,
+        ]
+        shown = "; ".join(problems[:5]) + ("; ..." if len(problems) > 5 else "")
+        hints = _hints(state_dict, own)
+        raise ValueError(
+            f"{path} does not fit the model: {' and '.join(hints) or shown}. ({shown})"
+        )
+    model.load_state_dict(state_dict)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}: give the path of a .pth file")
+    try:
+        # The official training script stores its command-line arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds no state dict, neither at the top nor under 'model'")
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _hints(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> list[str]:
+    """What to change in the model's options, one phrase for each known cause of a mismatch."""
+    hints = []
+
+    def both(key: str) -> bool:
+        return key in theirs and key in ours
+
+    def present_in_one(key: str, there: str, here: str) -> None:
+        if (key in theirs) != (key in ours):
+            hints.append(there if key in theirs else here)
+
+    if both("head.weight") and len(theirs["head.weight"]) != len(ours["head.weight"]):
+        hints.append(
+            f"it has {len(theirs['head.weight'])} classes, the model {len(ours['head.weight'])} "
+            "(num_classes)"
+        )
+    present_in_one(
+        "cls_token",
+        "it has a class token, the model none (class_token=True)",
+        "the model has a class token, it has none (class_token=False)",
+    )
+    present_in_one(
+        "blocks.0.attn.qkv.bias",
+        "it has a query-key-value bias, the model none (qkv_bias=True)",
+        "the model has a query-key-value bias, it has none (qkv_bias=False)",
+    )
+    present_in_one(
+        "norm.weight",
+        "it normalizes before pooling (norm='norm_then_pool')",
+        "it does not normalize before pooling (norm='pool_then_norm')",
+    )
+    present_in_one(
+        "blocks.0.attn.normalizer.ts",
+        "its attention is MultiMax, the model's is not (attention={'name': 'multimax'})",
+        "the model's attention is MultiMax, its is not (attention={'name': 'softmax'})",
+    )
+    present_in_one(
+        "output.ts",
+        "its output is MultiMax, the model's is not (output={'name': 'multimax'})",
+        "the model's output is MultiMax, its is not (output={'name': 'softmax'})",
+    )
+    return hints

@@ -1,0 +1,1 @@
+"""The models of the three tasks, each over any normalizer in attention and output."""

@@ -1,0 +1,243 @@
+"""Vision transformers: timm's own, with any normalizer in attention and output."""
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from multimax.attention import attention
+from multimax.integrations.official import rename_official_keys
+from multimax.normalizers import Normalizer, build_normalizer
+
+
+class NormalizedAttention(Attention):
+    """timm's self-attention with another normalizer in the place of SoftMax.
+
+    Subclasses made by `normalized_attention` bind the normalizer. Each layer has its own, shared
+    by the heads of the layer. entmax, entmax15 and sparsemax iterate until their values converge,
+    so that `torch.compile` cannot trace them in one graph; it breaks the graph there, and
+    `fullgraph=True` is an error. All other normalizers compile without a break.
+
+    Args:
+        dim: embedding dimension, a multiple of `num_heads`.
+        num_heads: number of heads.
+        options: those of timm's `Attention`.
+
+    Raises:
+        ValueError: `dim` is not a multiple of `num_heads`, or an option of the normalizer is bad.
+    """
+
+    normalizer_options: Mapping[str, Any]
+    normalizer: Normalizer
+
+    def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
+        if dim % num_heads:
+            raise ValueError(
+                f"num_heads={num_heads} does not divide embed_dim={dim}: "
+                f"use embed_dim={math.ceil(dim / num_heads) * num_heads} or another num_heads"
+            )
+        super().__init__(dim, num_heads, **options)
+        self.normalizer = _build_aside(self.normalizer_options)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Self-attention.
+
+        Args:
+            x: (batch, tokens, dim).
+            attn_mask: broadcastable to (batch, heads, tokens, tokens); bool with True where a
+                token may be attended, or additive with 0 there and -inf elsewhere.
+            is_causal: let each token attend to itself and earlier ones only.
+
+        Returns:
+            (batch, tokens, dim).
+
+        Raises:
+            ValueError: an additive mask has other finite values than 0.
+        """
+        gate = self.gate(x).sigmoid() if self.gate is not None else None
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        heads = attention(
+            self.q_norm(query),
+            self.k_norm(key),
+            value,
+            self.normalizer,
+            mask=_boolean_mask(attn_mask),
+            causal=is_causal,
+            dropout=self.attn_drop.p if self.training else 0.0,
+            scale=self.scale,
+        )
+        x = self.norm(heads.transpose(1, 2).flatten(2))
+        if gate is not None:
+            x = x * gate
+        return self.proj_drop(self.proj(x))
+
+
+def _boolean_mask(mask: Tensor | None) -> Tensor | None:
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    allowed = mask == 0
+    if not (allowed | (mask == -math.inf)).all():
+        raise ValueError(
+            "an additive attn_mask may hold only 0 and -inf: a finite bias is not defined for a "
+            "general normalizer; pass a boolean mask"
+        )
+    return allowed
+
+
+def _build_aside(options: Mapping[str, Any]) -> Normalizer:
+    # A seed gives the same other weights whatever the normalizer draws for itself, so that runs
+    # that differ in the normalizer alone are pairs.
+    with torch.random.fork_rng(devices=[]):
+        return build_normalizer(**options)
+
+
+def normalized_attention(name: str, **options: Any) -> type[NormalizedAttention]:
+    """An attention class for timm's `attn_layer=`, bound to a normalizer.
+
+    Args:
+        name: one of `registered_normalizers()`.
+        options: arguments of the normalizer.
+    """
+    bound = {"normalizer_options": {"name": name, **options}}
+    return type(f"NormalizedAttention[{name}]", (NormalizedAttention,), bound)
+
+
+def build_vision_transformer(
+    architecture: str = "deit_small_patch16_224",
+    *,
+    attention: Mapping[str, Any],
+    output: Mapping[str, Any],
+    num_classes: int,
+    image_size: int,
+    in_channels: int = 3,
+    class_token: bool = False,
+    qkv_bias: bool = False,
+    norm: str = "norm_then_pool",
+    gradient_checkpointing: bool = False,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
+    attention_dropout: float = 0.0,
+    patch_size: int | None = None,
+    embed_dim: int | None = None,
+    depth: int | None = None,
+    num_heads: int | None = None,
+    mlp_ratio: float | None = None,
+) -> VisionTransformer:
+    """A timm vision transformer over any normalizer, with new weights (DeiT's initialization).
+
+    `model(images)` are the raw scores of the classes; `model.output`, the normalizer of the output
+    layer, turns them into probabilities and says which loss belongs to them. State dicts of the
+    official MultiMax code load as they are.
+
+    Args:
+        architecture: a vision transformer of timm with plain blocks.
+        attention: name and options of the attention normalizer, `{"name": "multimax"}`.
+        output: name and options of the output normalizer.
+        num_classes: >= 1.
+        image_size: height and width in pixels, a multiple of the patch size.
+        in_channels: channels of the images.
+        class_token: classify from a class token (the published DeiT); without, from the mean over
+            the patches (the MultiMax paper).
+        qkv_bias: biases in the query, key and value projection; the MultiMax paper has none.
+        norm: "norm_then_pool" (the MultiMax paper) or "pool_then_norm" (timm's `fc_norm`).
+        gradient_checkpointing: recompute each block in the backward pass, to save memory.
+        drop_path: in [0, 1), probability of skipping the last block; it grows from 0 linearly.
+        dropout: in [0, 1), of the embeddings, the attention projections and the MLPs.
+        attention_dropout: in [0, 1), of the attention probabilities.
+        patch_size: pixels; this and the following: None is the architecture's.
+        embed_dim: embedding dimension, a multiple of the number of heads.
+        depth: number of blocks.
+        num_heads: number of heads.
+        mlp_ratio: width of the MLPs as a multiple of the embedding dimension.
+
+    Raises:
+        ValueError: an option is unknown, out of range, or does not go with another.
+
+    Source: Touvron et al., DeiT, ICML 2021; Zhou et al., MultiMax, ICML 2024.
+    """
+    sizes = dict(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+    overrides: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
+    required = dict(num_classes=num_classes, image_size=image_size, in_channels=in_channels)
+    for field, value in (required | overrides).items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{field} must be an integer >= 1, got {value!r}")
+    if mlp_ratio is not None:
+        if mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio must be > 0, got {mlp_ratio}")
+        overrides["mlp_ratio"] = mlp_ratio
+    rates = dict(drop_path=drop_path, dropout=dropout, attention_dropout=attention_dropout)
+    for field, value in rates.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{field} must be in [0, 1), got {value}")
+    if norm not in ("norm_then_pool", "pool_then_norm"):
+        raise ValueError(f"norm must be 'norm_then_pool' or 'pool_then_norm', got {norm!r}")
+    if class_token and norm == "pool_then_norm":
+        raise ValueError(
+            "norm='pool_then_norm' needs class_token=False: with a class token nothing is pooled; "
+            "use norm='norm_then_pool'"
+        )
+    _check_architecture(architecture)
+
+    model = timm.create_model(
+        architecture,
+        attn_layer=normalized_attention(**attention),
+        num_classes=num_classes,
+        img_size=image_size,
+        in_chans=in_channels,
+        class_token=class_token,
+        global_pool="token" if class_token else "avg",
+        fc_norm=norm == "pool_then_norm",
+        qkv_bias=qkv_bias,
+        drop_path_rate=drop_path,
+        pos_drop_rate=dropout,
+        proj_drop_rate=dropout,
+        attn_drop_rate=attention_dropout,
+        **overrides,
+    )
+    model = _check_model(model, architecture, image_size)
+    if isinstance(model.cls_token, nn.Parameter):
+        nn.init.trunc_normal_(model.cls_token, std=0.02)  # timm has moved to 1e-6 since DeiT
+    model.output = _build_aside(output)
+    model.set_grad_checkpointing(gradient_checkpointing)
+    model.register_load_state_dict_pre_hook(rename_official_keys)
+    return model
+
+
+def _check_architecture(architecture: str) -> None:
+    modules = ("deit", "vision_transformer")
+    names = [name for module in modules for name in timm.list_models(module=module)]
+    known = [name for name in names if "distilled" not in name]  # those have a second head
+    if architecture not in known:
+        close = difflib.get_close_matches(architecture, known) or ["deit_small_patch16_224"]
+        raise ValueError(
+            f"architecture {architecture!r} is not a plain vision transformer of timm; "
+            f"use one such as {', '.join(close)}"
+        )
+
+
+def _check_model(model: nn.Module, architecture: str, image_size: int) -> VisionTransformer:
+    """`model` itself; ValueError where timm silently did something else than was asked for."""
+    if type(model) is not VisionTransformer or not all(
+        isinstance(getattr(block, "attn", None), NormalizedAttention) for block in model.blocks
+    ):
+        raise ValueError(
+            f"architecture {architecture!r} does not let its attention be replaced: "
+            "use one with plain blocks, such as deit_small_patch16_224"
+        )
+    patch_size = model.patch_embed.patch_size[0]
+    if image_size % patch_size:
+        nearest = max(1, round(image_size / patch_size)) * patch_size
+        raise ValueError(
+            f"image_size={image_size} is not a multiple of patch_size={patch_size}: "
+            f"use image_size={nearest} or another patch_size"
+        )
+    return model
