@@ -1,10 +1,40 @@
 """MultiMax and its peers: normalizers, their losses and metrics, and attention over any of them.
 
-This package level needs nothing but torch.
+This package level needs nothing but torch. `multimax.attention` is a module: its function of the
+same name is imported from there.
 """
 
+from multimax import normalizers
+from multimax.losses import entmax15_loss, fenchel_young_loss, output_loss, sparsemax_loss
+from multimax.metrics import (
+    NormalizerRecorder,
+    entropy,
+    mean_of_defined,
+    modulator_health,
+    multi_modality,
+    row_mean,
+    softmax_reference,
+    sparsity,
+    support_size,
+    top_k_mass,
+)
 from multimax.normalizers import *  # noqa: F403
-from multimax.normalizers import __all__ as _normalizer_names
 
 __version__ = "0.1.0"
-__all__ = [*_normalizer_names]
+__all__ = [
+    "NormalizerRecorder",
+    "entmax15_loss",
+    "entropy",
+    "fenchel_young_loss",
+    "mean_of_defined",
+    "modulator_health",
+    "multi_modality",
+    "output_loss",
+    "row_mean",
+    "softmax_reference",
+    "sparsemax_loss",
+    "sparsity",
+    "support_size",
+    "top_k_mass",
+]
+__all__ += normalizers.__all__

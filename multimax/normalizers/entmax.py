@@ -81,10 +81,13 @@ class _EntMax(torch.autograd.Function):
         probabilities = _solve(scaled, alpha, dim)
         ctx.dim, ctx.fixed_alpha = dim, None if isinstance(alpha, Tensor) else alpha
         ctx.save_for_backward(probabilities, *([alpha] if ctx.fixed_alpha is None else []))
+        ctx.set_materialize_grads(False)  # the Fenchel-Young loss sends none in its first backward
         return probabilities
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return None, None, None
         # Differentiable operations of the saved output, so that second derivatives exist too.
         p, *saved = ctx.saved_tensors
         alpha = saved[0] if saved else ctx.fixed_alpha

@@ -1,0 +1,96 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, settings
+
+from multimax import build_normalizer, registered_normalizers
+
+# Deterministic, so that a failure on one machine is the same failure on the next. The fixtures
+# that hypothesis warns about are modules which no example changes.
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("repeatable")
+torch.set_num_threads(1)
+
+# Every registered normalizer with its defaults, and options that take another path.
+CASES: dict[str, tuple[str, dict]] = {name: (name, {}) for name in registered_normalizers()}
+CASES |= {
+    "softmax-cold": ("softmax", {"temperature": 0.5}),
+    "softmax-learned": ("softmax", {"temperature": 2.0, "learned": True}),
+    "topk-1": ("topk", {"k": 1}),
+    "topk-3": ("topk", {"k": 3}),
+    "entmax-softmax": ("entmax", {"alpha": 1.0}),
+    "entmax-1.2": ("entmax", {"alpha": 1.2}),
+    "entmax-2.5": ("entmax", {"alpha": 2.5}),
+    "entmax-learned": ("entmax", {"alpha": 1.4, "learned": True}),
+    "evsoftmax-training": ("evsoftmax", {"floor": 1e-3}),
+    "multimax-identity": ("multimax", {"init": "identity"}),
+    "multimax-1": ("multimax", {"order": 1}),
+    "multimax-3": ("multimax", {"order": 3}),
+    "multimax-affine": ("multimax", {"affine": True}),
+}
+
+
+def _build(case):
+    name, options = CASES[case]
+    module = build_normalizer(name, **options)
+    with torch.no_grad():
+        for parameter in module.parameters():  # away from the symmetric or identity start
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return module.train(case.endswith("training"))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=CASES)
+def normalizer(request, _seed):
+    """Each case in turn, with learned scalars at a random place."""
+    return _build(request.param)
+
+
+@pytest.fixture(params=[case for case, (name, _) in CASES.items() if name != "multimax"])
+def order_preserving(request, _seed):
+    """The cases that look at differences of scores only, and never give a larger score less."""
+    return _build(request.param)
+
+
+@pytest.fixture
+def scores(_seed):
+    """(2, 3, 4, 7) fp32 scores."""
+    return 2 * torch.randn(2, 3, 4, 7)
+
+
+@pytest.fixture
+def mask(_seed):
+    """(2, 1, 4, 7) bool: one row is masked completely, one has a single entry, the rest some."""
+    mask = torch.rand(2, 1, 4, 7) < 0.6
+    mask[..., 0] = True
+    mask[0, 0, 1] = False
+    mask[1, 0, 2] = torch.arange(7) == 4
+    return mask
+
+
+@pytest.fixture
+def class_scores(_seed):
+    """(5, 6) fp64 scores of an output layer."""
+    return 2 * torch.randn(5, 6, dtype=torch.float64)
+
+
+@pytest.fixture
+def targets(_seed):
+    """Targets of five rows and six classes, by kind; "one-hot" is "hard" as probabilities."""
+    first, second = torch.randint(6, (2, 5))
+    one_hot = F.one_hot(first, 6).double()
+    return {
+        "hard": first,
+        "one-hot": one_hot,
+        "mixup": 0.3 * one_hot + 0.7 * F.one_hot(second, 6).double(),
+        "soft": torch.rand(5, 6, dtype=torch.float64).softmax(-1),
+    }

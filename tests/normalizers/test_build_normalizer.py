@@ -1,0 +1,59 @@
+"""The registry: names, options, and the error for each option that is out of range."""
+
+import math
+import re
+
+import pytest
+
+from multimax import NORMALIZERS, Normalizer, build_normalizer, registered_normalizers
+
+
+@pytest.mark.parametrize("name", registered_normalizers())
+def test_builds_each(name):
+    module = build_normalizer(name)
+    assert type(module) is NORMALIZERS[name]
+    assert isinstance(module, Normalizer)
+
+
+def test_passes_options_on():
+    assert build_normalizer("topk", k=7).k == 7
+    assert build_normalizer("entmax", alpha=1.7).alpha == 1.7
+    assert build_normalizer("multimax", order=1, init="identity").order == 1
+
+
+def test_an_unknown_name_lists_the_known():
+    known = ", ".join(registered_normalizers())
+    with pytest.raises(ValueError, match=re.escape(f"unknown normalizer 'sofmax'; known: {known}")):
+        build_normalizer("sofmax")
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("softmax", "temperature, learned"), ("topk", "k, floor"), ("sparsemax", "none")],
+)
+def test_an_unknown_option_lists_the_options(name, known):
+    with pytest.raises(ValueError, match=f"{name!r} has no option temp; it has: {known}$"):
+        build_normalizer(name, temp=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "others"),
+    [
+        *[("softmax", "temperature", t, {}) for t in (0, -1.0, math.inf, math.nan)],
+        ("softmax", "temperature", -2.0, {"learned": True}),
+        *[("topk", "k", k, {}) for k in (0, -3, 2.5)],
+        *[("topk", "floor", floor, {}) for floor in (-0.1, 0.0, 1.0)],
+        *[("evsoftmax", "floor", floor, {}) for floor in (-0.1, 0.0, 1.0, math.nan)],
+        *[("entmax", "alpha", alpha, {}) for alpha in (0.99, -1.0, math.inf, math.nan)],
+        *[("entmax", "alpha", alpha, {"learned": True}) for alpha in (1.0, 2.0, 2.5)],
+        ("entmax", "heads", 4, {}),
+        ("entmax", "heads", 0, {"learned": True}),
+        *[("multimax", "order", order, {}) for order in (0, -1, 1.5)],
+        ("multimax", "init", "zeros", {}),
+    ],
+)
+def test_an_option_out_of_range_names_its_value(name, option, value, others):
+    with pytest.raises(ValueError, match=option) as error:
+        build_normalizer(name, **{option: value}, **others)
+    if not (option == "floor" and value == 0):  # that message tells why 0 is too small
+        assert str(value) in str(error.value)
