@@ -26,5 +26,5 @@ def test_public_names():
     exec("from multimax import *", namespace)
     assert set(multimax.__all__) <= set(namespace)
     assert len(multimax.__all__) == len(set(multimax.__all__))
-    for name in ("MultiMax", "attention", "output_loss", "NormalizerRecorder", "sparsity"):
+    for name in ("MultiMax", "output_loss", "NormalizerRecorder", "sparsity"):
         assert name in multimax.__all__
