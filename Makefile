@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+FAIRSEQ_VENV ?= .venv-fairseq
+FAIRSEQ_RUN := $(FAIRSEQ_VENV)/bin/python
+PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types benchmark clean
+.PHONY: help setup demo test test-fairseq lint types benchmark clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
@@ -23,6 +26,18 @@ demo: setup ## train a DeiT with MultiMax on embedded Fashion-MNIST, and draw wh
 test: setup lint types ## lint, type checks and all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
+test-fairseq: $(FAIRSEQ_VENV)/complete ## the fairseq plug-in with fairseq itself (Python 3.11 or 3.12)
+	OMP_NUM_THREADS=1 $(FAIRSEQ_RUN) -m pytest -n 2 tests/fairseq
+
+# fairseq on top of all that .venv has, and of this folder.
+$(FAIRSEQ_VENV)/complete: $(VENV)/complete requirements/fairseq.txt
+	$(RUN) -m venv $(FAIRSEQ_VENV)
+	$(FAIRSEQ_RUN) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+		-r requirements/fairseq.txt
+	printf '%s\n' '$(CURDIR)' "import site; site.addsitedir('$$($(RUN) $(PACKAGES))')" \
+		> "$$($(FAIRSEQ_RUN) $(PACKAGES))/multimax-environment.pth"
+	touch $@
+
 lint: setup ## ruff: lint and format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -34,4 +49,4 @@ benchmark: setup ## speed of every normalizer next to torch.softmax and the entm
 	$(RUN) -m benchmarks.normalizers
 
 clean: ## remove .venv and caches; outputs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(FAIRSEQ_VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

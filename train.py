@@ -9,6 +9,7 @@ import sys
 
 import hydra
 from hydra import initialize
+from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
 from multimax.training.config import explain_bad_overrides
@@ -21,11 +22,11 @@ CONFIGS = "configs"
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")
 def main(config: DictConfig) -> None:
     """Run one configuration; Hydra calls this once, or once for each run of a sweep."""
-    logging.getLogger("multimax").addHandler(logging.StreamHandler())
     try:
         run(config)
     except InterruptedRunError as stop:
-        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        again = "" if config.resume == "auto" else " with resume=auto"
+        print(f"{stop}; the same command{again} goes on from there", file=sys.stderr)
         raise SystemExit(143) from stop
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -33,7 +34,7 @@ def main(config: DictConfig) -> None:
 
 def check_command_line(arguments: list[str]) -> None:
     """Exit with the valid choices when a setting on the command line does not exist."""
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    overrides = get_args_parser().parse_args(arguments).overrides
     with initialize(version_base="1.3", config_path=CONFIGS):
         problem = explain_bad_overrides(overrides)
     if problem:
@@ -41,5 +42,6 @@ def check_command_line(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("multimax").addHandler(logging.StreamHandler())
     check_command_line(sys.argv[1:])
     main()

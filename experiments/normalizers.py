@@ -45,7 +45,8 @@ def draw(path: Path) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(11, 4.6), sharex=True, sharey=True)
     for axis, (title, probabilities) in zip(axes.flat, drawn.items(), strict=True):
         relevant, rest = probabilities[:3], probabilities[3:]
-        axis.bar(range(3), relevant.tolist(), color="tab:red" if "MultiMax" in title else "tab:blue")
+        color = "tab:red" if "MultiMax" in title else "tab:blue"
+        axis.bar(range(3), relevant.tolist(), color=color)
         axis.bar(range(3, 10), rest.tolist(), color="0.7")
         axis.set_title(title, fontsize=10)
         facts = (f"left for the rest: {rest.sum():.3f}", f"largest - third: {spread(relevant):.3f}")

@@ -27,7 +27,16 @@ ROWS = {
     "deit_evsoftmax": "evidential SoftMax",
     "deit_multimax": "MultiMax",
 }
-COLUMNS = ("attention", "output", "top-1 %", "sd", "seeds", "minus SoftMax", "95 % CI", "minutes")
+COLUMNS: tuple[str, ...] = (
+    "attention",
+    "output",
+    "top-1 %",
+    "sd",
+    "seeds",
+    "minus SoftMax",
+    "95 % CI",
+    "minutes",
+)
 
 
 def rows(scale: str, source: Path = RUNS) -> tuple[list[dict[str, str]], str]:

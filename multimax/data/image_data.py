@@ -29,11 +29,10 @@ class TrainLoader(ABC):
 
 
 class EvalLoader(ABC):
-    """Every example of the rank's share once, in order; the shares of all ranks are the split."""
+    """Every example of the rank's share once; the shares of all ranks are the split.
 
-    @abstractmethod
-    def __len__(self) -> int:
-        """Batches on this rank; ranks can differ by one, and the last batch can be smaller."""
+    Ranks can differ in the number of batches, and batches in their size.
+    """
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]: ...

@@ -73,7 +73,9 @@ class _FileTrainLoader(TrainLoader):
             data.name, len(self.sampler) * world_size, batch_size, world_size
         )
         # One prefetcher for all epochs: each has a CUDA stream with a memory pool of its own.
-        self.prefetcher = _prefetcher(data.splits["train"], batch_size, data.num_workers, device)
+        self.prefetcher = build_prefetcher(
+            data.splits["train"], batch_size, data.num_workers, device
+        )
 
     def __len__(self) -> int:
         return self.length
@@ -84,22 +86,18 @@ class _FileTrainLoader(TrainLoader):
         order = list(self.sampler)
         dataset = _AugmentedImages(self.data.splits["train"], self.data.train_transform, order, key)
         chosen = range(start * self.batch_size, self.length * self.batch_size)
-        self.prefetcher.loader = _loader(
+        self.prefetcher.loader = image_loader(
             Subset(dataset, chosen), self.batch_size, self.data.num_workers, self.prefetcher.device
         )
         for index, (images, labels) in enumerate(self.prefetcher, start):
-            if self.data.random_erasing:
-                # 1 keeps it apart from the augmentation of the example of the same number.
-                generator = torch.Generator().manual_seed(derive_seed(*key, index, 1))
-                images = random_erase(images, self.data.random_erasing, generator)
-            yield images, labels
+            yield erase(images, self.data.random_erasing, *key, index), labels
 
 
 class _FileEvalLoader(EvalLoader):
     def __init__(self, data, split, batch_size, rank, world_size, device) -> None:
         images = _Images(data.splits[split], data.eval_transform)
         mine = Subset(images, share(data.sizes[split], rank, world_size))
-        self.prefetcher = _prefetcher(mine, batch_size, data.num_workers, device)
+        self.prefetcher = build_prefetcher(mine, batch_size, data.num_workers, device)
 
     def __len__(self) -> int:
         return len(self.prefetcher)
@@ -108,15 +106,27 @@ class _FileEvalLoader(EvalLoader):
         return iter(self.prefetcher)
 
 
-def _prefetcher(
+def erase(images: torch.Tensor, probability: float, *key: int) -> torch.Tensor:
+    """Random erasing of a batch, a function of `key` alone."""
+    if not probability:
+        return images
+    # 1 keeps it apart from the augmentation of the example of the same number.
+    generator = torch.Generator().manual_seed(derive_seed(*key, 1))
+    return random_erase(images, probability, generator)
+
+
+def build_prefetcher(
     dataset: Dataset, batch_size: int, workers: int, device: torch.device
 ) -> PrefetchLoader:
     """Batches of the data set in order, normalized on the device; on CUDA, one ahead."""
-    loader = _loader(dataset, batch_size, workers, device)
+    loader = image_loader(dataset, batch_size, workers, device)
     return PrefetchLoader(loader, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, device=device)
 
 
-def _loader(dataset: Dataset, batch_size: int, workers: int, device: torch.device) -> DataLoader:
+def image_loader(
+    dataset: Dataset, batch_size: int, workers: int, device: torch.device, seed: int = 0
+) -> DataLoader:
+    """Batches of the data set in order, uint8 in CPU memory; `seed` is that of the workers."""
     return DataLoader(
         dataset,
         batch_size,
@@ -124,7 +134,7 @@ def _loader(dataset: Dataset, batch_size: int, workers: int, device: torch.devic
         collate_fn=fast_collate,
         pin_memory=device.type == "cuda",
         # Its own, so that the worker seeds are not drawn from the global random state.
-        generator=torch.Generator(),
+        generator=torch.Generator().manual_seed(seed),
     )
 
 
@@ -172,12 +182,12 @@ class _AugmentedImages(_Images):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, label = self.load(self.order[index])
-        with _seeded(derive_seed(*self.key, index)):
+        with seeded(derive_seed(*self.key, index)):
             return self.transform(image), label
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """The three global CPU generators seeded inside, and as before outside."""
     torch_generator = torch.default_generator  # torch.manual_seed would reset CUDA too
     states = random.getstate(), np.random.get_state(), torch_generator.get_state()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from multimax.attention import attention
 from multimax.integrations.official import rename_official_keys
-from multimax.normalizers import Normalizer, build_normalizer
+from multimax.normalizers import Normalizer, build_aside
 
 
 class NormalizedAttention(Attention):
@@ -43,7 +43,7 @@ class NormalizedAttention(Attention):
                 f"use embed_dim={math.ceil(dim / num_heads) * num_heads} or another num_heads"
             )
         super().__init__(dim, num_heads, **options)
-        self.normalizer = _build_aside(self.normalizer_options)
+        self.normalizer = build_aside(self.normalizer_options)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -91,13 +91,6 @@ def _boolean_mask(mask: Tensor | None) -> Tensor | None:
             "general normalizer; pass a boolean mask"
         )
     return allowed
-
-
-def _build_aside(options: Mapping[str, Any]) -> Normalizer:
-    # A seed gives the same other weights whatever the normalizer draws for itself, so that runs
-    # that differ in the normalizer alone are pairs.
-    with torch.random.fork_rng(devices=[]):
-        return build_normalizer(**options)
 
 
 def normalized_attention(name: str, **options: Any) -> type[NormalizedAttention]:
@@ -206,7 +199,7 @@ def build_vision_transformer(
     model = _check_model(model, architecture, image_size)
     if isinstance(model.cls_token, nn.Parameter):
         nn.init.trunc_normal_(model.cls_token, std=0.02)  # timm has moved to 1e-6 since DeiT
-    model.output = _build_aside(output)
+    model.output = build_aside(output)
     model.set_grad_checkpointing(gradient_checkpointing)
     model.register_load_state_dict_pre_hook(rename_official_keys)
     return model

@@ -1,7 +1,10 @@
 """The normalizers, and the registry that builds one from its name."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from multimax.normalizers.base import LogitNormalizer, ModulatedSoftMax, Normalizer
 from multimax.normalizers.entmax import EntMax, EntMax15, entmax, entmax15
@@ -33,6 +36,7 @@ __all__ = [
     "SoftMax",
     "SparseMax",
     "TopK",
+    "build_aside",
     "build_normalizer",
     "entmax",
     "entmax15",
@@ -73,3 +77,13 @@ def build_normalizer(name: str, **options: Any) -> Normalizer:
             f"it has: {', '.join(known) or 'none'}"
         )
     return NORMALIZERS[name](**options)
+
+
+def build_aside(options: Mapping[str, Any]) -> Normalizer:
+    """`build_normalizer(**options)` that leaves the global generator as it was.
+
+    A seed then gives the same other weights whatever the normalizer draws for itself, so that runs
+    that differ in the normalizer alone are pairs.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return build_normalizer(**options)

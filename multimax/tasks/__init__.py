@@ -5,8 +5,14 @@ from omegaconf import DictConfig
 
 from multimax.tasks.base import Task
 from multimax.tasks.image_classification import ImageClassification
+from multimax.tasks.language_modeling import LanguageModeling
+from multimax.tasks.translation import Translation
 
-TASKS: dict[str, type] = {"image_classification": ImageClassification}
+TASKS: dict[str, type] = {
+    "image_classification": ImageClassification,
+    "language_modeling": LanguageModeling,
+    "translation": Translation,
+}
 
 
 def build_task(config: DictConfig, rank: int, world_size: int, device: torch.device) -> Task:

@@ -1,7 +1,7 @@
 """What the trainer asks of a task; a task knows its data, its model and its loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ class Task(ABC):
         monitor: the figure that picks the best checkpoint, such as "valid/top1".
         higher_is_better: whether `monitor` is to rise.
         unit: what a batch is counted in, such as "images".
+        fingerprint: of what gives the weights their meaning beside the model, such as the
+            vocabulary; a checkpoint with another one is refused.
+        notes: what a reader of the figures has to know, such as the signature of BLEU; as JSON.
     """
 
     model: nn.Module
@@ -40,6 +43,8 @@ class Task(ABC):
     monitor: str
     higher_is_better: bool
     unit: str
+    fingerprint: str = ""
+    notes: Mapping[str, Any] = {}
 
     @abstractmethod
     def describe(self) -> dict[str, str]:

@@ -122,6 +122,11 @@ def _plain(section: DictConfig) -> dict[str, Any]:
 
 
 def _build_mixup(options: Mapping[str, Any], num_classes: int, batch_size: int) -> Mixup | None:
+    for field in ("mixup", "cutmix"):
+        if options[field] < 0:
+            raise ValueError(f"loss.{field}={options[field]} must be >= 0; 0 switches it off")
+    if not 0 <= options["mixup_switch_prob"] <= 1:
+        raise ValueError(f"loss.mixup_switch_prob={options['mixup_switch_prob']} must be in [0, 1]")
     if not (options["mixup"] or options["cutmix"]):
         return None
     if batch_size % 2:

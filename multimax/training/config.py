@@ -3,24 +3,28 @@
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 # What changes nothing in the numbers of a run, so that it does not change its folder.
 NOT_IN_HASH = ("output_dir", "resume", "logger", "seed", "name", "tags")
-NOT_IN_HASH_NESTED = {"trainer": ("log_every",), "data": ("root", "num_workers")}
+NOT_IN_HASH_NESTED = {"trainer": ("log_every",), "data": ("root", "num_workers", "cache")}
 
 Check = tuple[str, Callable[[Any], bool], str]
 CHECKS: tuple[Check, ...] = (
     ("seed", lambda v: _whole(v) and v >= 0, "a whole number >= 0"),
+    ("resume", lambda v: isinstance(v, str), "auto, never or the path of a checkpoint"),
     ("trainer.batch_size", lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
     ("trainer.eval_batch_size", lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
     ("trainer.accumulation", lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
@@ -29,15 +33,20 @@ CHECKS: tuple[Check, ...] = (
     ("trainer.evaluate_every", lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
     ("trainer.log_every", lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
     ("trainer.precision", lambda v: v in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
-    ("trainer.clip_norm", lambda v: v is None or v > 0, "a number > 0, or null for no clipping"),
-    ("trainer.ema_decay", lambda v: v is None or 0 < v < 1, "in (0, 1), or null for no EMA"),
+    ("trainer.clip_norm", lambda v: v is None or (_number(v) and v > 0),
+     "a number > 0, or null for no clipping"),
+    ("trainer.ema_decay", lambda v: v is None or (_number(v) and 0 < v < 1),
+     "in (0, 1), or null for no EMA"),
     ("trainer.report", lambda v: v in ("last", "best"), "last or best"),
     ("trainer.compile", lambda v: isinstance(v, bool), "true or false"),
-    ("optimizer.lr", lambda v: v > 0, "a number > 0"),
-    ("optimizer.weight_decay", lambda v: v >= 0, "a number >= 0"),
+    ("optimizer.lr", lambda v: _number(v) and v > 0, "a number > 0"),
+    ("optimizer.weight_decay", lambda v: _number(v) and v >= 0, "a number >= 0"),
     ("schedule.warmup", lambda v: _whole(v) and v >= 0, "a whole number >= 0"),
-    ("schedule.min_lr", lambda v: v >= 0, "a number >= 0"),
-    ("loss.label_smoothing", lambda v: 0 <= v < 1, "in [0, 1)"),
+    ("schedule.min_lr", lambda v: v is None or (_number(v) and v >= 0), "a number >= 0"),
+    ("schedule.period", lambda v: v is None or (_whole(v) and v >= 1), "a whole number >= 1"),
+    ("schedule.period_growth", lambda v: v is None or (_number(v) and v >= 1), "a number >= 1"),
+    ("schedule.shrink", lambda v: v is None or (_number(v) and v > 0), "a number > 0"),
+    ("loss.label_smoothing", lambda v: _number(v) and 0 <= v < 1, "in [0, 1)"),
     ("logger.wandb", lambda v: v in ("auto", "online", "offline", "disabled"),
      "auto, online, offline or disabled"),
 )  # fmt: skip
@@ -45,6 +54,10 @@ CHECKS: tuple[Check, ...] = (
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return _whole(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def check_config(config: DictConfig, world_size: int) -> None:
@@ -55,11 +68,7 @@ def check_config(config: DictConfig, world_size: int) -> None:
     """
     for field, allowed, remedy in CHECKS:
         value = OmegaConf.select(config, field)
-        try:
-            good = allowed(value)
-        except TypeError:
-            good = False
-        if not good:
+        if not allowed(value):
             raise ValueError(f"{field}={value!r} must be {remedy}")
     trainer = config.trainer
     if (trainer.epochs is None) == (trainer.updates is None):
@@ -76,7 +85,9 @@ def check_config(config: DictConfig, world_size: int) -> None:
             f"{trainer.accumulation}: use trainer.batch_size={nearest}"
         )
     length = trainer.epochs or trainer.updates
-    if config.schedule.warmup >= length:
+    # The warm-up of the other schedules is in updates, which only the data makes epochs of.
+    known = config.schedule.name == "cosine" or trainer.updates is not None
+    if known and config.schedule.warmup >= length:
         raise ValueError(
             f"schedule.warmup={config.schedule.warmup} leaves nothing of the {length} "
             f"{'epochs' if trainer.epochs else 'updates'}: use fewer than {length}"
@@ -106,12 +117,26 @@ def config_hash(config: DictConfig) -> str:
 def explain_bad_overrides(overrides: Sequence[str], config_name: str = "config") -> str | None:
     """What is wrong with the command line and what the valid choices are; None if it composes.
 
-    Call it inside `hydra.initialize`. Sweeps (`a=1,2`) are checked by their first value.
+    Call it inside `hydra.initialize`. Of a sweep (`a=1,2`), each choice of a group is checked, and
+    the first value of a setting.
     """
-    firsts = list(overrides)
     try:
-        firsts = [_first_value(override) for override in overrides]
-        compose(config_name, overrides=firsts)
+        choices = [_choices(parsed) for parsed in _parse(overrides)]
+    except HydraException as error:
+        return str(error)
+    firsts = [first for first, *_ in choices]
+    others = [
+        [*firsts[:i], other, *firsts[i + 1 :]]
+        for i, (_, *rest) in enumerate(choices)
+        for other in rest
+    ]
+    problems = (_explain(candidate, config_name) for candidate in (firsts, *others))
+    return next((problem for problem in problems if problem), None)
+
+
+def _explain(overrides: list[str], config_name: str) -> str | None:
+    try:
+        compose(config_name, overrides=overrides)
         return None
     except HydraException as error:
         message = str(error)
@@ -119,7 +144,8 @@ def explain_bad_overrides(overrides: Sequence[str], config_name: str = "config")
     if not unknown:
         return message.split("Config search path")[0].strip()
     key = unknown.group(1)
-    known = sorted(set(_keys(compose(config_name, overrides=_groups_only(firsts)))))
+    groups = [str(p.input_line) for p in _parse(overrides) if _chooses_group(p)]
+    known = sorted(set(_keys(compose(config_name, overrides=groups))))
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     section = key.rsplit(".", 1)[0] + "." if "." in key else ""
     siblings = [k for k in known if k.startswith(section) and "." not in k[len(section) :]]
@@ -130,24 +156,24 @@ def explain_bad_overrides(overrides: Sequence[str], config_name: str = "config")
     return "\n".join(lines)
 
 
-def _first_value(override: str) -> str:
-    parsed = OverridesParser.create().parse_override(override)
-    if not parsed.is_sweep_override():
-        return override
-    first = next(iter(parsed.sweep_string_iterator()))
-    return f"{parsed.get_key_element()}={first}"
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    loader = GlobalHydra.instance().config_loader()  # globs are looked up there
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
 
 
-def _groups_only(overrides: Sequence[str]) -> list[str]:
-    """The overrides that choose a file of a group: those that decide which settings exist."""
-    parser = OverridesParser.create()
-    parsed = [(text, parser.parse_override(text)) for text in overrides]
+def _choices(override: Override) -> list[str]:
+    """The override itself; of a sweep those of its values that are checked."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    values = override.sweep_string_iterator()
+    values = values if _chooses_group(override) else islice(values, 1)
+    return [f"{override.get_key_element()}={value}" for value in values]
+
+
+def _chooses_group(override: Override) -> bool:
+    """Whether it chooses a file of a group: these decide which settings exist."""
     groups = ("experiment", "task", "scale", "attention", "output", "data", "model", "debug")
-    return [
-        text
-        for text, override in parsed
-        if override.type == OverrideType.CHANGE and override.key_or_group in groups
-    ]
+    return override.type == OverrideType.CHANGE and override.key_or_group in groups
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -14,11 +14,13 @@ import torch
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file by way of a temporary neighbour: a crash leaves the old one or the new one.
 
+    One process at a time; a neighbour that a killed one left is written over.
+
     Raises:
         OSError: the disk is full or the folder cannot be written; `path` is then as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as stream:
             write(stream)
@@ -44,7 +46,16 @@ def write_json(path: Path, content: Any) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint of tensors and plain Python values atomically."""
-    write_atomically(path, lambda stream: torch.save(state, stream))
+
+    def write(stream: BinaryIO) -> None:
+        try:
+            torch.save(state, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides what the disk said
+                raise error.__context__ from None
+            raise
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -59,7 +70,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint, it is truncated or something else "
+            f"({error}): give another one, or start afresh with resume=never"
+        ) from error
 
 
 @contextmanager

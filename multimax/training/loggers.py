@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -16,6 +17,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from multimax.training.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +52,14 @@ class JsonLinesLogger:
                 break  # the line that a kill cut short
             if entry["update"] <= update:
                 kept.append(line + "\n")
-        self.path.write_text("".join(kept))
+        content = "".join(kept).encode()
+        write_atomically(self.path, lambda stream: stream.write(content))
 
     def log(self, update: int, figures: dict[str, float]) -> None:
+        # fp16 skips updates with infinite gradients, but JSON has no infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         with self.path.open("a") as stream:
-            stream.write(json.dumps({"update": update, **figures}) + "\n")
+            stream.write(json.dumps({"update": update, **finite}) + "\n")
 
     def finish(self, summary: dict[str, float]) -> None:
         pass
@@ -85,6 +91,7 @@ class WandbLogger:
                 settings=wandb.Settings(init_timeout=60, silent=True, console="off"),
                 **run,
             )
+            self.run.define_metric("*", step_metric="update")
         except Exception as error:  # a broken mirror must not stop the run
             self._give_up(error)
 
@@ -179,4 +186,4 @@ class ProgressDisplay:
 
     def print(self, line: str) -> None:
         """Print a line above the bar."""
-        self.bar.console.print(line, highlight=False, soft_wrap=True)
+        self.bar.console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,5 +1,6 @@
 """Finding the tensor in which a NaN or an infinity first appeared."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,18 +10,26 @@ from multimax.tasks.base import Task
 
 
 def describe_non_finite(task: Task, group: list[Any], update: int, loss: float) -> str:
-    """Say where the numbers broke, from the parameters, the batch and a forward pass with hooks."""
+    """Say where the numbers broke, from the parameters, the batch and a forward pass with hooks.
+
+    Call it in the precision of training, before the gradients are clipped.
+    """
     culprit = (
         _first("parameter", task.model.named_parameters())
         or _first("buffer", task.model.named_buffers())
         or _first("input", ((str(i), t) for batch in group for i, t in enumerate(_tensors(batch))))
         or _first_output(task, group)
+        or (math.isfinite(loss) and _first("gradient of", _gradients(task.model)))
         or "no single tensor: the loss itself overflows"
     )
     return (
         f"the loss is {loss} at update {update}; first non-finite: {culprit}. The last checkpoint "
         "is intact. Lower optimizer.lr, set trainer.clip_norm, or use trainer.precision=no or bf16"
     )
+
+
+def _gradients(model: nn.Module) -> list[tuple[str, Tensor | None]]:
+    return [(name, parameter.grad) for name, parameter in model.named_parameters()]
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -33,7 +42,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _first(kind: str, named: Any) -> str | None:
     for name, tensor in named:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor is not None and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             return f"{kind} {name} ({count} of its {tensor.numel()} entries)"
     return None
@@ -53,7 +62,8 @@ def _first_output(task: Task, group: list[Any]) -> str | None:
 
     handles = [m.register_forward_hook(hook(name)) for name, m in task.model.named_modules()]
     try:
-        with torch.no_grad():
+        # A compiled model would not call the hooks.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for batch in group:
                 task.loss(task.model, batch)
     finally:

@@ -1,7 +1,8 @@
 """Optimizer, learning-rate schedule and gradient clipping of a run."""
 
-import math
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from multimax.normalizers import Normalizer
+from multimax.training.schedules import cosine_restarts, inverse_sqrt
+
+FORMULAS: dict[str, Callable[..., float]] = {
+    "inverse_sqrt": inverse_sqrt,
+    "cosine_restarts": cosine_restarts,
+}
 
 
 def build_optimizer(model: nn.Module, config: DictConfig) -> torch.optim.Optimizer:
@@ -20,17 +27,29 @@ def build_optimizer(model: nn.Module, config: DictConfig) -> torch.optim.Optimiz
         for key, value in config.items()
         if key != "name"
     }
-    return create_optimizer_v2(model, opt=config.name, **options)
+    try:
+        return create_optimizer_v2(model, opt=config.name, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"optimizer.name={config.name!r}: {error}; timm.optim.list_optimizers() has the names"
+        ) from error
 
 
 class LearningRate:
-    """timm's cosine schedule with linear warm-up, as a function of the update that comes next.
+    """The learning rate as a function of the update that comes next, by `schedule.name`.
+
+    `cosine` is timm's, over the whole length. `inverse_sqrt` and `cosine_restarts` are fairseq's,
+    see `multimax.training.schedules`; their warm-up is in updates.
 
     Args:
         optimizer: whose rate is set.
-        config: `warmup` and `warmup_lr`, `min_lr`, `per_epoch`; warm-up in the unit of `length`.
+        config: `name` and the options of that schedule. Of `cosine` these are `warmup` and
+            `warmup_lr`, `min_lr`, `per_epoch`, with the warm-up in the unit of `length`.
         length: of the whole schedule, in epochs or in updates.
         updates_per_unit: updates in one unit of length.
+
+    Raises:
+        ValueError: the name is unknown, or an option of the schedule is missing.
     """
 
     def __init__(
@@ -40,24 +59,50 @@ class LearningRate:
         length: int,
         updates_per_unit: int,
     ) -> None:
-        self.per_epoch = config.per_epoch
-        self.updates_per_unit = updates_per_unit
-        steps = 1 if config.per_epoch else updates_per_unit
-        self.scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=length * steps,
-            lr_min=config.min_lr,
-            warmup_t=config.warmup * steps,
-            warmup_lr_init=config.warmup_lr,
-            t_in_epochs=config.per_epoch,
-        )
+        self.optimizer, self.updates_per_unit = optimizer, updates_per_unit
+        self.formula: Callable[[int, float], float] | None = None
+        if config.name == "cosine":
+            _options(config, ("warmup", "warmup_lr", "min_lr", "per_epoch"))
+            self.per_epoch = config.per_epoch
+            steps = 1 if config.per_epoch else updates_per_unit
+            self.scheduler = CosineLRScheduler(
+                optimizer,
+                t_initial=length * steps,
+                lr_min=config.min_lr,
+                warmup_t=config.warmup * steps,
+                warmup_lr_init=config.warmup_lr,
+                t_in_epochs=config.per_epoch,
+            )
+        else:
+            self.formula = _formula(config)
+            self.peaks = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, update: int) -> None:
         """Set the rate for the update with this index, counted from 0."""
-        if self.per_epoch:
+        if self.formula is not None:
+            for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+                group["lr"] = self.formula(update, peak)
+        elif self.per_epoch:
             self.scheduler.step(update // self.updates_per_unit)
         else:
             self.scheduler.step_update(update)
+
+
+def _formula(config: DictConfig) -> Callable[[int, float], float]:
+    """The formula that `config.name` names with its options; those of other schedules are left."""
+    if config.name not in FORMULAS:
+        known = ", ".join(["cosine", *FORMULAS])
+        raise ValueError(f"schedule.name={config.name!r} is unknown; known: {known}")
+    formula = FORMULAS[config.name]
+    _, _, *names = inspect.signature(formula).parameters
+    return partial(formula, **_options(config, names))
+
+
+def _options(config: DictConfig, names: Iterable[str]) -> dict[str, Any]:
+    missing = ", ".join(f"schedule.{name}" for name in names if config.get(name) is None)
+    if missing:
+        raise ValueError(f"schedule.name={config.name} needs a value for {missing}")
+    return {name: config[name] for name in names}
 
 
 def normalizer_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -79,16 +124,17 @@ class GradientClipping:
         scalar_ids = {id(parameter) for parameter in scalars}
         weights = [parameter for parameter in model.parameters() if id(parameter) not in scalar_ids]
         self.groups = [group for group in (weights, scalars) if group]
-        self.max_norm = math.inf if max_norm is None else max_norm
+        self.max_norm = max_norm
 
-    def __call__(self) -> Tensor:
-        """Clip in place; return the norm of the weights' gradient before it."""
-        norms = [_clip(group, self.max_norm) for group in self.groups]
-        return norms[0]
+    def norms(self) -> list[Tensor]:
+        """Norms of the gradients as they are: of the weights, then of the scalars if any."""
+        return [
+            torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+            for group in self.groups
+        ]
 
-
-def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    if math.isinf(max_norm):
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    def clip(self, norms: list[Tensor]) -> None:
+        """Scale the gradients, of which `norms` are the norms, down to the maximum in place."""
+        if self.max_norm is not None:
+            for group, norm in zip(self.groups, norms, strict=True):
+                torch.nn.utils.clip_grads_with_norm_(group, self.max_norm, norm)

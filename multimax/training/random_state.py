@@ -23,9 +23,10 @@ def random_state() -> dict[str, Any]:
     """The state of all generators as tensors and plain values."""
     numpy_state: Any = np.random.get_state(legacy=True)
     name, keys, position, has_gauss, gauss = numpy_state
+    keys = torch.from_numpy(keys.astype(np.int64))  # processes cannot exchange uint32 tensors
     return {
         "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.copy()), position, has_gauss, gauss),
+        "numpy": (name, keys, position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -36,7 +37,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
     name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, keys.numpy(), position, has_gauss, gauss))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

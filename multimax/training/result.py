@@ -112,7 +112,7 @@ def print_result(console: Console, result: dict[str, Any], folder: Path) -> None
     )
     for name in ("result.json", "metrics.jsonl", "best.pt", "last.pt"):
         if (folder / name).exists():
-            console.print(f"  {folder / name}", highlight=False, soft_wrap=True)
+            console.print(f"  {folder / name}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _print_normalizers(console: Console, normalizers: dict[str, dict[str, float]]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from omegaconf import DictConfig, OmegaConf
@@ -44,9 +44,9 @@ def run(config: DictConfig, console: Console | None = None) -> dict[str, Any]:
         OSError: a file cannot be written, for example because the disk is full.
     """
     console = console or Console()
+    check_config(config, PartialState(cpu=not torch.cuda.is_available()).num_processes)
     accelerator = _accelerator(config)
     try:
-        check_config(config, accelerator.num_processes)
         folder = run_folder(config)
         if not accelerator.is_main_process:
             accelerator.wait_for_everyone()
@@ -98,7 +98,8 @@ def _run(
     if checkpoint:
         trainer.resume(checkpoint)
         if console:
-            console.print(f"resuming from {checkpoint} at update {trainer.position.update}")
+            line = f"resuming from {checkpoint} at update {trainer.position.update}"
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     else:
         for logger in loggers:
             logger.resume(0)
@@ -129,6 +130,7 @@ def _finish(
         "config_hash": config_hash(config),
         "config": OmegaConf.to_container(config, resolve=True),
         "metrics": metrics,
+        "notes": task.notes,
         "reported_weights": config.trainer.report,
         "best": {"figure": task.monitor, "value": position.best, "update": position.best_update},
         "normalizers": _without_nan(trainer.inspect()),

@@ -68,6 +68,12 @@ class Trainer:
         options = config.trainer
         self.accumulation = options.accumulation
         self.updates_per_epoch = len(task.train_loader) // self.accumulation
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f"trainer.batch_size={options.batch_size} is more than the training data: "
+                f"trainer.accumulation={self.accumulation} needs as many batches, of which there "
+                f"are {len(task.train_loader)}; use a smaller trainer.batch_size"
+            )
         self.updates_per_unit = self.updates_per_epoch if options.epochs else 1
         self.length = options.epochs or options.updates
         self.total_updates = self.length * self.updates_per_unit
@@ -154,20 +160,25 @@ class Trainer:
                 self.accelerator.backward(loss * (share * processes))
             loss_sum += loss.detach().float() * share
         mean_loss = self._sum(loss_sum).item()
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(
-                describe_non_finite(self.task, group, self.position.update, mean_loss)
-            )
-        if self.accelerator.scaler is not None:
+        scaler = self.accelerator.scaler
+        if scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
-        norm = self.clip()
+        norms = self.clip.norms()
+        # The scaler of fp16 leaves out an update whose gradients are not finite.
+        finite = scaler is not None or all(math.isfinite(norm) for norm in norms)
+        if not (math.isfinite(mean_loss) and finite):
+            with self.accelerator.autocast():
+                raise FloatingPointError(
+                    describe_non_finite(self.task, group, self.position.update, mean_loss)
+                )
+        self.clip.clip(norms)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
             self.ema.update(self.task.model)
         return {
             "train/loss": mean_loss,
-            "train/gradient_norm": norm.item(),
+            "train/gradient_norm": norms[0].item(),
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
             "train/units": total,
         }
@@ -241,7 +252,9 @@ class Trainer:
     def inspect(self) -> dict[str, dict[str, float]]:
         """Figures of each normalizer on a few evaluation batches, by module name."""
         self.task.model.eval()
-        with torch.inference_mode(), self.accelerator.autocast():
+        # A compiled model would not call the hooks that look at its normalizers.
+        eager = torch.compiler.set_stance("force_eager")
+        with torch.inference_mode(), self.accelerator.autocast(), eager:
             return self.task.inspect(self.task.model)
 
     def log(self, figures: dict[str, float]) -> None:
@@ -252,6 +265,7 @@ class Trainer:
     def _weights(self) -> dict[str, Any]:
         return {
             "format": CHECKPOINT_FORMAT,
+            "fingerprint": self.task.fingerprint,
             "position": asdict(self.position),
             "model": self.task.model.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
@@ -278,8 +292,7 @@ class Trainer:
             ValueError: it is not a checkpoint of this configuration.
         """
         state = load_checkpoint(path)
-        missing = {"format", "position", "model", "ema", "optimizer", "scaler", "random_states"}
-        missing -= set(state)
+        missing = {*self._weights(), "optimizer", "scaler", "random_states"} - set(state)
         if missing or state["format"] != CHECKPOINT_FORMAT:
             raise ValueError(
                 f"{path} cannot be resumed (missing: {', '.join(sorted(missing)) or 'nothing'}; "
@@ -291,6 +304,8 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.position = Position(**state["position"])
+        if not self.best_checkpoint.exists():  # it stayed in another folder
+            self.position.best, self.position.best_update = None, 0
         states = state["random_states"]
         if self.position.batch and len(states) == self.accelerator.num_processes:
             self._saved_random_state = states[self.accelerator.process_index]
@@ -302,6 +317,11 @@ class Trainer:
         self._load_weights(load_checkpoint(self.best_checkpoint), self.best_checkpoint)
 
     def _load_weights(self, state: dict[str, Any], path: Path) -> None:
+        if state["fingerprint"] != self.task.fingerprint:
+            raise ValueError(
+                f"{path} was trained with another vocabulary: give the data that it was trained "
+                "on, or start afresh with resume=never"
+            )
         if (state["ema"] is None) != (self.ema is None):
             raise ValueError(
                 f"{path} was written {'without' if state['ema'] is None else 'with'} EMA: "

@@ -1,0 +1,197 @@
+"""Vocabularies of the language models: whole words in fairseq's order, and byte-level BPE."""
+
+import codecs
+import hashlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import cast
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+PADDING, END = "<pad>", "</s>"
+FAIRSEQ_SPECIALS = ("<s>", PADDING, END, "<unk>")
+FAIRSEQ_MULTIPLE = 8  # fairseq fills a dictionary up to a multiple of this
+SMALLEST_BPE = 2 + 256  # the two special tokens and a token for each byte
+
+# A byte of byte-level BPE is written as the character of that number if it can be seen, else as
+# one from 256 on (GPT-2's table).
+_VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = sorted(set(range(256)) - set(_VISIBLE))
+_CHARACTERS = {chr(byte): byte for byte in _VISIBLE}
+_CHARACTERS |= {chr(256 + index): byte for index, byte in enumerate(_OTHERS)}
+
+
+class Vocabulary(ABC):
+    """Text as numbers, and back; `eos_index` stands for the end of a line.
+
+    Attributes:
+        size: number of tokens.
+        padding_index: the token that stands for nothing.
+        eos_index: the token that ends each line.
+        never_sampled: further tokens that are no text.
+        fingerprint: 16 hexadecimal digits that no other vocabulary has.
+    """
+
+    size: int
+    padding_index: int
+    eos_index: int
+    never_sampled: list[int]
+    fingerprint: str
+
+    @abstractmethod
+    def encode_line(self, line: str) -> list[int]:
+        """Tokens of a line, without the one that ends it."""
+
+    @abstractmethod
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Pieces of text, each as soon as its last token is there; a line ends with a newline."""
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, of which the last line goes on."""
+        first, *others = text.split("\n")
+        tokens = self.encode_line(first)
+        for line in others:
+            tokens += [self.eos_index, *self.encode_line(line)]
+        return tokens
+
+
+class WordVocabulary(Vocabulary):
+    """Words between white space, numbered as in fairseq: the special ones, then by frequency.
+
+    Args:
+        words: without the special ones.
+    """
+
+    padding_index = FAIRSEQ_SPECIALS.index(PADDING)
+    eos_index = FAIRSEQ_SPECIALS.index(END)
+    unknown_index = FAIRSEQ_SPECIALS.index("<unk>")
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self.words = [*FAIRSEQ_SPECIALS, *words]
+        self.size = len(self.words)
+        self.indices = {word: index for index, word in enumerate(self.words)}
+        if len(self.indices) < self.size:
+            [(word, count)] = Counter(self.words).most_common(1)
+            raise ValueError(
+                f"a word must be in a vocabulary once, {word!r} is there {count} times"
+            )
+        fillers = [i for w, i in self.indices.items() if w.startswith("madeupword")]
+        self.never_sampled = [FAIRSEQ_SPECIALS.index("<s>"), self.unknown_index, *fillers]
+        self.fingerprint = _fingerprint("\n".join(self.words))
+
+    @classmethod
+    def count(cls, counts: Counter[str]) -> list[tuple[str, int]]:
+        """The words and counts of fairseq's dictionary of a text, in its order.
+
+        Source: fairseq's `Dictionary.finalize`: by falling count, then by code points, filled up
+        to a multiple of 8.
+        """
+        words = [pair for pair in counts.items() if pair[0] not in FAIRSEQ_SPECIALS]
+        words.sort(key=lambda pair: (-pair[1], pair[0]))
+        missing = -(len(FAIRSEQ_SPECIALS) + len(words)) % FAIRSEQ_MULTIPLE
+        return words + [(f"madeupword{i:04d}", 0) for i in range(missing)]
+
+    @classmethod
+    def read(cls, path: Path) -> "WordVocabulary":
+        """From fairseq's `dict.txt`, a word and its count in each line.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a line is something else, or a word occurs twice.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no vocabulary {path}")
+        words = []
+        try:
+            # Only "\n" ends a line: a word may hold other characters that Python takes for an end.
+            for number, line in enumerate(path.read_bytes().decode().split("\n")[:-1], 1):
+                word, _, count = line.rpartition(" ")
+                if not word or not count.isdecimal():
+                    raise ValueError(f"line {number} is {line!r}, not a word and its count")
+                words.append(word)
+            return cls(words)
+        except ValueError as error:  # UnicodeDecodeError is one
+            raise ValueError(
+                f"{path} is no vocabulary of words: {error}; prepare it anew"
+            ) from error
+
+    def encode_line(self, line: str) -> list[int]:
+        return [self.indices.get(word, self.unknown_index) for word in line.split()]
+
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+        space = ""
+        for token in tokens:
+            ends = token == self.eos_index
+            yield "\n" if ends else space + self.words[token]
+            space = "" if ends else " "
+
+
+class BytePairVocabulary(Vocabulary):
+    """Byte-level BPE: every text has tokens, and they have the text byte for byte.
+
+    Args:
+        tokenizer: as `train` returns it.
+    """
+
+    padding_index, eos_index = 0, 1
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # a text that spells "</s>" does not end there
+        self.size = tokenizer.get_vocab_size()
+        self.never_sampled: list[int] = []
+        self.fingerprint = _fingerprint(tokenizer.to_str())
+
+    @classmethod
+    def train(cls, lines: Iterable[str], size: int) -> "BytePairVocabulary":
+        """The same vocabulary each time for the same lines and size.
+
+        Args:
+            lines: of the training text.
+            size: number of tokens, at least 258: padding, line end and 256 bytes.
+
+        Raises:
+            ValueError: the size is too small, or too large for this text.
+        """
+        if not isinstance(size, int) or size < SMALLEST_BPE:
+            raise ValueError(f"vocabulary_size must be an integer >= {SMALLEST_BPE}, got {size!r}")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=[PADDING, END],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(lines, trainer)
+        vocabulary = cls(tokenizer)
+        if vocabulary.size < size:
+            raise ValueError(
+                f"vocabulary_size={size} is more than the training text has pairs for: use at most "
+                f"{vocabulary.size}"
+            )
+        return vocabulary
+
+    def encode_line(self, line: str) -> list[int]:
+        return self.tokenizer.encode(line, add_special_tokens=False).ids
+
+    def encode_lines(self, lines: list[str]) -> list[list[int]]:
+        """Tokens of each line, without those that end them."""
+        return [e.ids for e in self.tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
+
+    def decode(self, tokens: Iterable[int]) -> Iterator[str]:
+        # The decoder of the package keeps back a U+FFFD that is in the text.
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in tokens:
+            ends = token == self.eos_index
+            yield decoder.decode(b"" if ends else self._bytes(token), final=ends) + "\n" * ends
+        yield decoder.decode(b"", final=True)
+
+    def _bytes(self, token: int) -> bytes:
+        return bytes(_CHARACTERS[c] for c in cast(str, self.tokenizer.id_to_token(token)))
+
+
+def _fingerprint(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,0 +1,298 @@
+"""Transformer language and translation models over any normalizer, with fairseq's names.
+
+State dicts of fairseq's `transformer_lm`, `transformer_lm_wiki103` and `transformer_iwslt_de_en`
+load with strict=True. Weights are drawn as fairseq draws them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from multimax.models.adaptive import AdaptiveInput, AdaptiveOutput
+from multimax.models.output import Output, word_embedding
+from multimax.models.transformer_stacks import (
+    Cache,
+    Decoder,
+    Encoder,
+    Memory,
+    check_rates,
+    check_sizes,
+    check_vocabulary,
+)
+
+__all__ = ["Cache", "LanguageModel", "Memory", "TranslationModel"]
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only Transformer that predicts the next word.
+
+    `model(tokens)` are features; `model.output` turns them into scores, probabilities or a loss.
+
+    Args:
+        vocabulary_size: number of words.
+        padding_index: the word that stands for nothing.
+        embed_dim: width, >= 4 and a multiple of `num_heads`.
+        ffn_dim: width of the MLPs.
+        depth: number of layers.
+        num_heads: number of heads.
+        attention: name and options of the attention normalizer, `{"name": "multimax"}`; each
+            layer has its own.
+        output: name and options of the output normalizer.
+        pre_norm: normalize before each part of a layer, not after it.
+        final_norm: with `pre_norm`, normalize the features.
+        dropout: in [0, 1), of the embeddings and of each part of a layer.
+        attention_dropout: in [0, 1), of the attention probabilities.
+        activation_dropout: in [0, 1), inside the MLPs.
+        tie_embeddings: one table for input and output words.
+        adaptive_cutoffs: ends of the bands of an adaptive input and output, without the last;
+            None for full ones.
+        adaptive_factor: how much narrower each band is than the one before.
+        adaptive_dropout: in [0, 1), of the adaptive output.
+        official_mismatch: as the official fairseq code does, use plain SoftMax in the place of
+            the attention normalizer in incremental decoding (`step`), which thus differs from
+            training.
+
+    Raises:
+        ValueError: an option is unknown, out of range, or does not go with another.
+
+    Source: fairseq's `transformer_lm` (defaults) and `transformer_lm_wiki103`.
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        padding_index: int,
+        *,
+        embed_dim: int,
+        ffn_dim: int,
+        depth: int,
+        num_heads: int,
+        attention: Mapping[str, Any],
+        output: Mapping[str, Any],
+        pre_norm: bool = True,
+        final_norm: bool = True,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        tie_embeddings: bool = True,
+        adaptive_cutoffs: Sequence[int] | None = None,
+        adaptive_factor: int = 4,
+        adaptive_dropout: float = 0.0,
+        official_mismatch: bool = False,
+    ) -> None:
+        super().__init__()
+        check_sizes(embed_dim=embed_dim, ffn_dim=ffn_dim, depth=depth, num_heads=num_heads)
+        check_vocabulary(vocabulary_size, padding_index)
+        check_rates(
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            activation_dropout=activation_dropout,
+            adaptive_dropout=adaptive_dropout,
+        )
+        self.padding_index = padding_index
+        if adaptive_cutoffs is None:
+            embed_tokens = word_embedding(vocabulary_size, embed_dim, padding_index)
+        else:
+            embed_tokens = AdaptiveInput(
+                vocabulary_size, adaptive_cutoffs, embed_dim, adaptive_factor, padding_index
+            )
+        self.decoder = Decoder(
+            embed_tokens,
+            output,
+            tie_embeddings,
+            adaptive_dropout,
+            vocabulary_size=vocabulary_size,
+            padding_index=padding_index,
+            depth=depth,
+            final_norm=pre_norm and final_norm,
+            layer=dict(
+                embed_dim=embed_dim,
+                ffn_dim=ffn_dim,
+                self_attention=dict(
+                    num_heads=num_heads,
+                    normalizer=attention,
+                    dropout=attention_dropout,
+                    plain_incremental=official_mismatch,
+                ),
+                cross_attention=None,
+                pre_norm=pre_norm,
+                dropout=dropout,
+                activation_dropout=activation_dropout,
+            ),
+        )
+
+    @property
+    def output(self) -> Output | AdaptiveOutput:
+        """The output layer."""
+        return self.decoder.output
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Features (batch, tokens, dim) of tokens (batch, tokens); each sees the earlier ones.
+
+        Raises:
+            ValueError: a token is outside the vocabulary (checked on the CPU only), or `tokens`
+                has a wrong shape or dtype.
+        """
+        return self.decoder(tokens, self.decoder.new_cache())
+
+    def new_cache(self) -> Cache:
+        """What `step` needs to begin."""
+        return self.decoder.new_cache()
+
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Features (rows, tokens, dim) of further tokens (rows, tokens), usually one.
+
+        They continue those of earlier calls with the same cache, which is extended in place.
+        """
+        return self.decoder(tokens, cache, incremental=True)
+
+
+class TranslationModel(nn.Module):
+    """An encoder-decoder Transformer that predicts the next target word from a source sentence.
+
+    `model(source, target_in)` are features; `model.output` turns them into scores, probabilities
+    or a loss. For incremental decoding, use `encode`, `new_cache` and `step`.
+
+    Args:
+        source_vocabulary_size: number of source words.
+        target_vocabulary_size: number of target words.
+        padding_index: the word that stands for nothing, in both vocabularies.
+        embed_dim, ffn_dim, num_heads: as in `LanguageModel`, for encoder and decoder.
+        encoder_depth: number of layers of the encoder.
+        decoder_depth: number of layers of the decoder.
+        attention: name and options of the attention normalizer; each layer has its own.
+        encoder_attention: in self-attention of the encoder; None is `attention`.
+        decoder_attention: in self-attention of the decoder; None is `attention`.
+        cross_attention: in attention of the decoder to the source; None is `attention`.
+        output: name and options of the output normalizer.
+        pre_norm: normalize before each part of a layer and at the end, not after each part.
+        dropout, attention_dropout, activation_dropout, tie_embeddings: as in `LanguageModel`; the
+            tied tables are those of the decoder.
+        official_mismatch: as the official fairseq code does, use plain SoftMax in cross-attention,
+            and in the decoder's self-attention in incremental decoding (`step`), which thus
+            differs from training.
+
+    Raises:
+        ValueError: an option is unknown, out of range, or does not go with another.
+
+    Source: fairseq's `transformer_iwslt_de_en` (defaults).
+    """
+
+    def __init__(
+        self,
+        source_vocabulary_size: int,
+        target_vocabulary_size: int,
+        padding_index: int,
+        *,
+        embed_dim: int,
+        ffn_dim: int,
+        encoder_depth: int,
+        decoder_depth: int,
+        num_heads: int,
+        attention: Mapping[str, Any],
+        output: Mapping[str, Any],
+        encoder_attention: Mapping[str, Any] | None = None,
+        decoder_attention: Mapping[str, Any] | None = None,
+        cross_attention: Mapping[str, Any] | None = None,
+        pre_norm: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        tie_embeddings: bool = True,
+        official_mismatch: bool = False,
+    ) -> None:
+        super().__init__()
+        check_sizes(
+            embed_dim=embed_dim,
+            ffn_dim=ffn_dim,
+            encoder_depth=encoder_depth,
+            decoder_depth=decoder_depth,
+            num_heads=num_heads,
+        )
+        check_vocabulary(source_vocabulary_size, padding_index)
+        check_vocabulary(target_vocabulary_size, padding_index)
+        check_rates(
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            activation_dropout=activation_dropout,
+        )
+        if official_mismatch:
+            if cross_attention is not None:
+                raise ValueError(
+                    "official_mismatch=True makes cross-attention plain SoftMax: leave "
+                    "cross_attention=None"
+                )
+            cross_attention = {"name": "softmax"}
+        self.padding_index = padding_index
+
+        def attend(own: Mapping[str, Any] | None, plain_incremental: bool = False) -> dict:
+            return dict(
+                num_heads=num_heads,
+                normalizer=attention if own is None else own,
+                dropout=attention_dropout,
+                plain_incremental=plain_incremental,
+            )
+
+        layer = dict(
+            embed_dim=embed_dim,
+            ffn_dim=ffn_dim,
+            pre_norm=pre_norm,
+            dropout=dropout,
+            activation_dropout=activation_dropout,
+        )
+        self.encoder = Encoder(
+            word_embedding(source_vocabulary_size, embed_dim, padding_index),
+            source_vocabulary_size,
+            padding_index,
+            encoder_depth,
+            pre_norm,
+            layer | dict(self_attention=attend(encoder_attention), cross_attention=None),
+        )
+        self.decoder = Decoder(
+            word_embedding(target_vocabulary_size, embed_dim, padding_index),
+            output,
+            tie_embeddings,
+            vocabulary_size=target_vocabulary_size,
+            padding_index=padding_index,
+            depth=decoder_depth,
+            final_norm=pre_norm,
+            layer=layer
+            | dict(
+                self_attention=attend(decoder_attention, official_mismatch),
+                cross_attention=attend(cross_attention),
+            ),
+        )
+
+    @property
+    def output(self) -> Output | AdaptiveOutput:
+        """The output layer."""
+        return self.decoder.output
+
+    def encode(self, source: Tensor) -> Memory:
+        """What is known of source sentences (sentences, tokens)."""
+        return self.encoder(source)
+
+    def forward(self, source: Tensor, target_in: Tensor) -> Tensor:
+        """Features (sentences, target tokens, dim); each target token sees the earlier ones.
+
+        Args:
+            source: (sentences, source tokens).
+            target_in: (sentences, target tokens), the target shifted to the right.
+
+        Raises:
+            ValueError: a token is outside its vocabulary (checked on the CPU only), or a tensor
+                has a wrong shape or dtype.
+        """
+        return self.decoder(target_in, self.new_cache(self.encode(source)))
+
+    def new_cache(self, memory: Memory) -> Cache:
+        """What `step` needs to begin."""
+        return self.decoder.new_cache(memory)
+
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Features (rows, tokens, dim) of further target tokens (rows, tokens), usually one.
+
+        They continue those of earlier calls with the same cache, which is extended in place.
+        """
+        return self.decoder(tokens, cache, incremental=True)

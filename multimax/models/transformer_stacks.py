@@ -1,0 +1,251 @@
+"""Encoder and decoder of the Transformer, and what they hand over: memory and cache."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from multimax.models.adaptive import AdaptiveInput, AdaptiveOutput
+from multimax.models.output import Output
+from multimax.models.transformer_layers import KeysValues, SinusoidalPositions, TransformerLayer
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the encoder knows of the source sentences.
+
+    Attributes:
+        features: (sentences, tokens, dim).
+        allowed: (sentences, tokens) bool, False for padding.
+    """
+
+    features: Tensor
+    allowed: Tensor
+
+
+class Cache:
+    """Keys and values of all decoder layers, which incremental decoding extends token by token.
+
+    A row is one sequence that is being decoded. In translation, the rows of a sentence (its
+    hypotheses) are consecutive and share the keys and values of their source, which are computed
+    once.
+
+    Args:
+        depth: number of decoder layers.
+        memory: keys and values of the source for each layer, each (sentences, heads, tokens,
+            head_dim).
+        memory_allowed: (sentences, tokens) bool, False for padding of the source.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        memory: Iterable[KeysValues] = (),
+        memory_allowed: Tensor | None = None,
+    ) -> None:
+        self.past: list[KeysValues | None] = [None] * depth
+        self.allowed: Tensor | None = None
+        self.memory = list(memory)
+        self.memory_allowed = memory_allowed
+
+    def extend(self, layer: int, new: KeysValues) -> KeysValues:
+        """All keys and values of a layer, with those of the `new` tokens at the end."""
+        past = self.past[layer]
+        if past is not None:
+            new = torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
+        self.past[layer] = new
+        return new
+
+    def extend_allowed(self, allowed: Tensor) -> Tensor:
+        """(rows, tokens) bool of all tokens so far, with those of the new tokens at the end."""
+        if self.allowed is not None:
+            allowed = torch.cat([self.allowed, allowed], dim=1)
+        self.allowed = allowed
+        return allowed
+
+    def reorder(self, rows: Tensor, sentences: Tensor | None = None) -> None:
+        """Continue with other rows: `rows[i]` becomes row i; a row may be taken many or no times.
+
+        Args:
+            rows: int64, indices of the present rows; consecutive for each sentence, equally many.
+            sentences: int64, indices of the sentences that remain; None for all.
+        """
+        self.past = [past and (past[0][rows], past[1][rows]) for past in self.past]
+        self.allowed = None if self.allowed is None else self.allowed[rows]
+        if sentences is not None:
+            self.memory = [(keys[sentences], values[sentences]) for keys, values in self.memory]
+            if self.memory_allowed is not None:
+                self.memory_allowed = self.memory_allowed[sentences]
+
+
+class Stack(nn.Module):
+    """What encoder and decoder share: embeddings, positions, layers and the last norm."""
+
+    version: Tensor
+
+    def __init__(
+        self,
+        embed_tokens: nn.Embedding | AdaptiveInput,
+        vocabulary_size: int,
+        padding_index: int,
+        depth: int,
+        final_norm: bool,
+        layer: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.vocabulary_size, self.padding_index = vocabulary_size, padding_index
+        self.embed_dim, self.dropout = layer["embed_dim"], layer["dropout"]
+        self.register_buffer("version", torch.tensor([3.0]))  # of fairseq's checkpoints
+        self.embed_tokens = embed_tokens
+        self.embed_positions = SinusoidalPositions(self.embed_dim, padding_index)
+        self.layers = nn.ModuleList(TransformerLayer(**layer) for _ in range(depth))
+        self.layer_norm = nn.LayerNorm(self.embed_dim) if final_norm else None
+
+    def embed(self, tokens: Tensor, allowed: Tensor) -> Tensor:
+        """(rows, tokens, dim) scaled embeddings plus positions.
+
+        Args:
+            tokens: (rows, tokens).
+            allowed: (rows, all tokens) bool, False for padding; includes tokens that came before.
+        """
+        self._check(tokens)
+        x = math.sqrt(self.embed_dim) * self.embed_tokens(tokens)
+        positions = self.embed_positions(allowed, tokens.size(1))
+        return F.dropout(x + positions.to(x.dtype), self.dropout, self.training)
+
+    def _check(self, tokens: Tensor) -> None:
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"tokens must be int64 of shape (batch, tokens), got {tokens.dtype} of shape "
+                f"{tuple(tokens.shape)}"
+            )
+        if tokens.device.type == "cpu":  # elsewhere the check would wait for the device
+            wrong = tokens[(tokens < 0) | (tokens >= self.vocabulary_size)]
+            if wrong.numel():
+                raise ValueError(
+                    f"token {wrong[0].item()} is outside the vocabulary of {self.vocabulary_size}"
+                )
+
+
+class Encoder(Stack):
+    """Self-attention of the source in both directions."""
+
+    def forward(self, source: Tensor) -> Memory:
+        """What is known of source sentences (batch, tokens)."""
+        allowed = source != self.padding_index
+        x = self.embed(source, allowed)
+        for layer in self.layers:
+            x = layer(x, allowed)
+        return Memory(x if self.layer_norm is None else self.layer_norm(x), allowed)
+
+
+class Decoder(Stack):
+    """Causal self-attention, cross-attention to a memory if there is one, and the output layer."""
+
+    def __init__(
+        self,
+        embed_tokens: nn.Embedding | AdaptiveInput,
+        output: Mapping[str, Any],
+        tie_embeddings: bool = True,
+        adaptive_dropout: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(embed_tokens, **options)
+        self.adaptive_softmax = self.output_projection = None
+        if isinstance(embed_tokens, AdaptiveInput):
+            if not tie_embeddings:
+                raise ValueError(
+                    "the adaptive output ties its embeddings to the adaptive input: leave "
+                    "tie_embeddings=True, or use adaptive_cutoffs=None"
+                )
+            self.adaptive_softmax = AdaptiveOutput(
+                embed_tokens, self.embed_dim, adaptive_dropout, output, self.padding_index
+            )
+            return
+        if adaptive_dropout:
+            raise ValueError(f"adaptive_dropout={adaptive_dropout} needs adaptive_cutoffs")
+        weight = cast(nn.Parameter, embed_tokens.weight)
+        if tie_embeddings:
+            self.register_load_state_dict_pre_hook(_check_tied)
+        else:
+            weight = nn.Parameter(torch.empty_like(weight))
+            nn.init.normal_(weight, std=self.embed_dim**-0.5)
+        self.output_projection = Output(weight, output, self.padding_index)
+
+    def new_cache(self, memory: Memory | None = None) -> Cache:
+        """An empty cache; the keys and values of the memory are computed here, once."""
+        if memory is None:
+            return Cache(len(self.layers))
+        attentions = [layer.encoder_attn for layer in cast(Iterable, self.layers)]
+        keys_values = [attention.keys_values(memory.features) for attention in attentions]
+        return Cache(len(self.layers), keys_values, memory.allowed)
+
+    def forward(self, tokens: Tensor, cache: Cache, incremental: bool = False) -> Tensor:
+        """Features (rows, tokens, dim) of tokens (rows, tokens) that continue those of the cache.
+
+        The cache is extended in place; `incremental` is for `official_mismatch`.
+        """
+        allowed = cache.extend_allowed(tokens != self.padding_index)
+        x = self.embed(tokens, allowed)
+        for index, layer in enumerate(self.layers):
+            x = layer(
+                x,
+                allowed,
+                causal=True,
+                incremental=incremental,
+                extend=partial(cache.extend, index),
+                memory=cache.memory[index] if cache.memory else None,
+                memory_allowed=cache.memory_allowed,
+            )
+        return x if self.layer_norm is None else self.layer_norm(x)
+
+    @property
+    def output(self) -> Output | AdaptiveOutput:
+        """The output layer."""
+        adaptive = self.adaptive_softmax
+        return cast(Output, self.output_projection) if adaptive is None else adaptive
+
+
+def _check_tied(decoder: nn.Module, state: dict, prefix: str, *_: Any) -> None:
+    # Both names are one tensor here: two different ones would silently overwrite each other.
+    embedding = state.get(prefix + "embed_tokens.weight")
+    projection = state.get(prefix + "output_projection.weight")
+    if embedding is None or projection is None or embedding is projection:
+        return
+    if embedding.shape == projection.shape and not torch.equal(embedding, projection):
+        raise ValueError(
+            "the state dict has different input and output embeddings, but the model ties them: "
+            "build it with tie_embeddings=False"
+        )
+
+
+def check_sizes(*, embed_dim: int, num_heads: int, **sizes: int) -> None:
+    """Raise ValueError for a size that is no positive integer, or heads that do not fit."""
+    for field, value in {"embed_dim": embed_dim, "num_heads": num_heads, **sizes}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{field} must be an integer >= 1, got {value!r}")
+    if embed_dim < 4:
+        raise ValueError(f"embed_dim must be >= 4 for sinusoidal positions, got {embed_dim}")
+    if embed_dim % num_heads:
+        raise ValueError(
+            f"num_heads={num_heads} does not divide embed_dim={embed_dim}: "
+            f"use embed_dim={math.ceil(embed_dim / num_heads) * num_heads} or another num_heads"
+        )
+
+
+def check_vocabulary(size: int, padding_index: int) -> None:
+    """Raise ValueError for a padding index that is not in the vocabulary."""
+    if not 0 <= padding_index < size:
+        raise ValueError(f"padding_index must be in [0, {size}), got {padding_index}")
+
+
+def check_rates(**rates: float) -> None:
+    """Raise ValueError for a dropout rate outside [0, 1)."""
+    for field, value in rates.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{field} must be in [0, 1), got {value}")

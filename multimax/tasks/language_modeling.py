@@ -1,0 +1,182 @@
+"""Language modelling: any normalizer in attention and in the output layer."""
+
+import math
+from collections.abc import Callable
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from multimax.data.text import build_text_data
+from multimax.data.text_data import TextBatch
+from multimax.data.vocabulary import Vocabulary
+from multimax.metrics import NormalizerRecorder
+from multimax.models.adaptive import AdaptiveOutput
+from multimax.models.output import Output
+from multimax.models.transformer import LanguageModel
+from multimax.normalizers import ModulatedSoftMax, Normalizer
+from multimax.tasks.base import Task
+
+INSPECTED_BATCHES = 4  # of an evaluation split
+INSPECTED_ROWS = 64  # of each: an output row of WikiText-103 has 267,744 entries
+EPSILON = 0.01  # what `smoothed_perplexity` spreads evenly over the vocabulary
+LARGEST_LOSS = 700  # nats; beyond it the perplexity is no number
+
+
+class LanguageModeling(Task):
+    """A Transformer that predicts each token of a text from those before it.
+
+    Figures of a split, of which every token counts once:
+
+    - `loss`: the output normalizer's own loss per token; nats for SoftMax and MultiMax.
+    - `perplexity`: exp of the mean negative log-likelihood of a token; depends on the vocabulary.
+    - `word_perplexity`: the same per word, where the words are those between white space and the
+      line ends, as WikiText counts them. It compares over vocabularies; of a vocabulary of words
+      it is the perplexity.
+    - `bits_per_byte`: of the text in UTF-8.
+
+    The likelihood of a token to which a sparse output normalizer gives nothing is 0, so that there
+    is no perplexity. Instead, `smoothed_perplexity`, `smoothed_word_perplexity` and
+    `smoothed_bits_per_byte` are those of the mixture of its distribution (weight 0.99) and the
+    uniform one over the vocabulary (`EPSILON` = 0.01): what Martins et al., Sparse Text Generation,
+    EMNLP 2020, call epsilon-perplexity.
+
+    Args:
+        config: the composed configuration; `data`, `model`, `attention`, `output`, `loss` and
+            `trainer` are read. A batch is counted in blocks.
+        rank: of this process.
+        world_size: number of processes.
+        device: where batches go.
+
+    Raises:
+        ValueError: an option of the data, the model or a normalizer is out of range.
+        FileNotFoundError: the data is not where the configuration says.
+    """
+
+    unit = "tokens"
+    monitor = "valid/loss"
+    higher_is_better = False
+
+    def __init__(
+        self, config: DictConfig, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self.data = build_text_data(**_plain(config.data))
+        self.splits = {name: size for name, size in self.data.sizes.items() if name != "train"}
+        self.fingerprint = self.data.vocabulary.fingerprint
+        model = build_language_model(config, self.data.vocabulary)
+        self.model: LanguageModel = model  # pyright: ignore[reportIncompatibleVariableOverride]
+        options = config.trainer
+        self.train_loader = self.data.train_loader(
+            options.batch_size // (world_size * options.accumulation),
+            rank,
+            world_size,
+            device,
+            config.seed,
+        )
+        self._eval_loaders = {
+            split: self.data.eval_loader(split, options.eval_batch_size, rank, world_size, device)
+            for split in self.splits
+        }
+        self.device = device
+        self.label_smoothing = config.loss.label_smoothing
+
+    def describe(self) -> dict[str, str]:
+        data, model = self.data, self.model
+        sizes = ", ".join(f"{size:,} {split}" for split, size in data.sizes.items())
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        attention = next(m for m in model.decoder.layers.modules() if isinstance(m, Normalizer))
+        return {
+            "data": f"{data.name}: {sizes} tokens, vocabulary of {data.vocabulary.size:,}, "
+            f"blocks of {data.block_size}",
+            "model": f"{type(model).__name__}, {parameters:,} parameters",
+            "attention": str(attention),
+            "output": str(_normalizers(model.output)[0]),
+        }
+
+    def weight(self, batch: TextBatch) -> int:
+        return batch.tokens
+
+    def loss(self, model: nn.Module, batch: TextBatch) -> Tensor:
+        features = model(batch.inputs)
+        return self.model.output.loss(features, batch.targets, label_smoothing=self.label_smoothing)
+
+    def evaluate(
+        self, model: nn.Module, split: str, reduce: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        output = cast(LanguageModel, model).output
+        sparse = is_sparse(output)
+        totals = torch.zeros(3, dtype=torch.float64)
+        for batch in self._eval_loaders[split]:
+            counts = batch.targets != self.model.padding_index
+            features, targets = model(batch.inputs)[counts], batch.targets[counts]
+            loss = output.loss(features, targets, reduction="sum")
+            surprise = smoothed_surprise(output, features, targets) if sparse else loss
+            count = torch.tensor(len(targets))
+            totals += torch.stack([value.double().cpu() for value in (loss, surprise, count)])
+        loss, surprise, count = reduce(totals.to(self.device)).tolist()
+        if count != self.splits[split]:
+            raise RuntimeError(f"evaluated {count:.0f} of {self.splits[split]} {split} tokens")
+        words, size = self.data.words[split], self.data.bytes[split]
+        if not max(loss / count, surprise / words) < LARGEST_LOSS:
+            raise FloatingPointError(
+                f"the {split} loss is {loss / count:.4g} per token: training has diverged. Lower "
+                "optimizer.lr or set trainer.clip_norm"
+            )
+        prefix = "smoothed_" if sparse else ""
+        return {
+            "loss": loss / count,
+            f"{prefix}perplexity": math.exp(surprise / count),
+            f"{prefix}word_perplexity": math.exp(surprise / words),
+            f"{prefix}bits_per_byte": surprise / math.log(2) / size,
+        }
+
+    def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        split = next(iter(self.splits))
+        with NormalizerRecorder(model) as recorder:
+            for batch in islice(iter(self._eval_loaders[split]), INSPECTED_BATCHES):
+                features = model(batch.inputs)[batch.targets != self.model.padding_index]
+                cast(LanguageModel, model).output.probabilities(features[:INSPECTED_ROWS])
+        return recorder.summary()
+
+
+def build_language_model(config: DictConfig, vocabulary: Vocabulary) -> LanguageModel:
+    """The model that `config` describes, in `model`, `attention` and `output`.
+
+    Raises:
+        ValueError: an option of the model or a normalizer is out of range.
+    """
+    return LanguageModel(
+        vocabulary.size,
+        vocabulary.padding_index,
+        **_plain(config.model),
+        attention=_plain(config.attention),
+        output=_plain(config.output),
+    )
+
+
+def is_sparse(output: Output | AdaptiveOutput) -> bool:
+    """Whether an output layer may give a word no probability at all."""
+    return not all(isinstance(module, ModulatedSoftMax) for module in _normalizers(output))
+
+
+def smoothed_surprise(output: Output | AdaptiveOutput, features: Tensor, targets: Tensor) -> Tensor:
+    """The negative logarithm of the smoothed probability of the targets, summed, in nats.
+
+    Args:
+        output: the output layer.
+        features: (tokens, dim).
+        targets: (tokens,) int64.
+    """
+    log_p = output.log_probabilities(features)
+    p = log_p.gather(-1, targets.unsqueeze(-1)).exp()
+    return -torch.log((1 - EPSILON) * p + EPSILON / log_p.size(-1)).sum()
+
+
+def _normalizers(output: nn.Module) -> list[Normalizer]:
+    return [module for module in output.modules() if isinstance(module, Normalizer)]
+
+
+def _plain(section: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]

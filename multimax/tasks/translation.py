@@ -1,0 +1,252 @@
+"""Translation with an encoder-decoder Transformer: any normalizer in attention and output layer."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from sacrebleu.metrics import BLEU, CHRF
+from torch import Tensor, nn
+
+from multimax.data.pair_vocabulary import PairVocabulary
+from multimax.data.pairs import Languages, build_pair_source
+from multimax.data.token_batches import PairBatch, TokenTrainLoader, eval_batches
+from multimax.generation import beam_search
+from multimax.metrics import NormalizerRecorder
+from multimax.models.output import Output
+from multimax.models.transformer import TranslationModel
+from multimax.tasks.base import Task
+from multimax.tasks.language_modeling import is_sparse, smoothed_surprise
+
+INSPECTED_SENTENCES = 64  # of an evaluation split
+LARGEST_LOSS = 700  # nats; beyond it the perplexity is no number
+
+Check = tuple[str, Callable[[Any], bool], str]
+DECODING: tuple[Check, ...] = (
+    ("beam", lambda v: isinstance(v, int) and v >= 1, "a whole number >= 1"),
+    ("monitor_beam", lambda v: isinstance(v, int) and v >= 1, "a whole number >= 1"),
+    ("length_penalty", lambda v: isinstance(v, float | int), "a number"),
+    ("max_len_a", lambda v: isinstance(v, float | int) and v >= 0, "a number >= 0"),
+    ("max_len_b", lambda v: isinstance(v, int) and v >= 1, "a whole number >= 1"),
+)
+
+
+class Translation(Task):
+    """A Transformer that translates sentences.
+
+    Figures of a split, of which every sentence counts once:
+
+    - `loss`: the output normalizer's own loss per target token, without label smoothing; nats for
+      SoftMax and MultiMax.
+    - `perplexity`: exp of the mean negative log-likelihood of a target token; of a sparse output
+      normalizer `smoothed_perplexity`, see `LanguageModeling`.
+    - `bleu`, `chrf`: of sacreBLEU on plain text, with the signatures in `notes`. The translations
+      are those of beam search with `decoding.beam` on the test split, and with
+      `decoding.monitor_beam` on all others.
+    - `tokenized_bleu`: of tokenized words, without smoothing, as `fairseq-generate --remove-bpe`
+      reports it; only for data that is tokenized.
+
+    Args:
+        config: the composed configuration; `data`, `model`, `attention`, `output`, `decoding`,
+            `loss` and `trainer` are read. Batch sizes are in tokens of the longer side, padding
+            included: `trainer.batch_size` for one update, `trainer.eval_batch_size` for one
+            process.
+        rank: of this process.
+        world_size: number of processes.
+        device: where batches go.
+
+    Raises:
+        ValueError: an option of the data, the model or a normalizer is out of range.
+        FileNotFoundError: the data is not where the configuration says.
+    """
+
+    unit = "tokens"
+    monitor = "valid/bleu"
+    higher_is_better = True
+
+    def __init__(
+        self, config: DictConfig, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self.decoding = check_decoding(_plain(config.decoding))
+        self.data = build_pair_source(**_plain(config.data)).load()
+        self.splits = {name: len(pairs) for name, pairs in self.data.splits.items()}
+        del self.splits["train"]
+        model = build_translation_model(config, self.data.languages)
+        self.model: TranslationModel = model  # pyright: ignore[reportIncompatibleVariableOverride]
+        options = config.trainer
+        self.train_loader = TokenTrainLoader(
+            self.data.splits["train"],
+            options.batch_size // (world_size * options.accumulation),
+            rank,
+            world_size,
+            device,
+            config.seed,
+        )
+        self.eval_batch_size = options.eval_batch_size
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.label_smoothing = config.loss.label_smoothing
+        self.fingerprint = self.data.languages.fingerprint
+        self.notes = {"left_out": self.data.left_out}
+
+    def describe(self) -> dict[str, str]:
+        data, languages = self.data, self.data.languages
+        sizes = ", ".join(f"{len(pairs):,} {split}" for split, pairs in data.splits.items())
+        vocabularies = [languages.source_vocabulary.size, languages.target_vocabulary.size]
+        left_out = [
+            f"{count:,} {split} {reason}"
+            for split, counts in data.left_out.items()
+            for reason, count in counts.items()
+        ]
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        encoder = cast(Any, self.model.encoder.layers[0])
+        decoder = cast(Any, self.model.decoder.layers[0])
+        attention = {
+            "encoder": encoder.self_attn.normalizer,
+            "decoder": decoder.self_attn.normalizer,
+            "cross": decoder.encoder_attn.normalizer,
+        }
+        return {
+            "data": f"{data.name} {languages.source}-{languages.target}: {sizes} pairs, "
+            f"vocabularies of {vocabularies[0]:,} and {vocabularies[1]:,}",
+            "left out": ", ".join(left_out) or "nothing",
+            "model": f"{type(self.model).__name__}, {parameters:,} parameters",
+            "attention": ", ".join(f"{place} {module}" for place, module in attention.items()),
+            "output": str(cast(Output, self.model.output).normalizer),
+        }
+
+    def weight(self, batch: PairBatch) -> int:
+        return batch.tokens
+
+    def loss(self, model: nn.Module, batch: PairBatch) -> Tensor:
+        features = model(batch.source, batch.target_in)
+        return self.model.output.loss(features, batch.target, label_smoothing=self.label_smoothing)
+
+    def evaluate(
+        self, model: nn.Module, split: str, reduce: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        model = cast(TranslationModel, model)
+        pairs = self.data.splits[split]
+        totals = torch.zeros(3, dtype=torch.float64)
+        # Each process fills in its own sentences, and the sum over all processes has them all.
+        found = torch.zeros(len(pairs), self._longest(split), dtype=torch.int64, device=self.device)
+        for indices, batch in self._eval_batches(split):
+            totals += self._totals(model, batch).cpu()
+            translations = self._search(model, split, batch)
+            for index, tokens in zip(indices.tolist(), translations, strict=True):
+                found[index, : len(tokens)] = torch.tensor(tokens, device=self.device)
+        loss, surprise, count = reduce(totals.to(self.device)).tolist()
+        rows = reduce(found).tolist()
+        if count != pairs.target.lengths.sum() or not all(pairs.eos_index in row for row in rows):
+            raise RuntimeError(f"not every {split} sentence was evaluated exactly once")
+        if not max(loss, surprise) / count < LARGEST_LOSS:
+            raise FloatingPointError(
+                f"the {split} loss is {loss / count:.4g} per token: training has diverged. Lower "
+                "optimizer.lr or set trainer.clip_norm"
+            )
+        vocabulary = self.data.languages.target_vocabulary
+        lines = [vocabulary.decode(row[: row.index(pairs.eos_index)]) for row in rows]
+        figures, signatures = score_lines(vocabulary, lines, self.data.references[split])
+        self.notes = {**self.notes, **signatures}
+        prefix = "smoothed_" if is_sparse(model.output) else ""
+        perplexity = {f"{prefix}perplexity": math.exp(surprise / count)}
+        return figures | {"loss": loss / count} | perplexity
+
+    def _eval_batches(self, split: str):
+        return eval_batches(
+            self.data.splits[split], self.eval_batch_size, self.rank, self.world_size, self.device
+        )
+
+    def _totals(self, model: TranslationModel, batch: PairBatch) -> Tensor:
+        """Loss, negative log-likelihood and number of target tokens."""
+        counts = batch.target != model.padding_index
+        features, target = model(batch.source, batch.target_in)[counts], batch.target[counts]
+        loss = model.output.loss(features, target, reduction="sum")
+        sparse = is_sparse(model.output)
+        surprise = smoothed_surprise(model.output, features, target) if sparse else loss
+        count = loss.new_tensor(batch.tokens)
+        return torch.stack([value.double() for value in (loss, surprise, count)])
+
+    def _search(self, model: TranslationModel, split: str, batch: PairBatch) -> list[list[int]]:
+        """The best translation of each sentence, which ends with the end of sentence."""
+        options = dict(self.decoding)
+        monitor_beam = options.pop("monitor_beam")
+        if split != "test":
+            options["beam"] = monitor_beam
+        eos = self.data.languages.target_vocabulary.eos_index
+        return [found[0].tokens for found in beam_search(model, batch.source, eos=eos, **options)]
+
+    def _longest(self, split: str) -> int:
+        """The largest number of tokens that a translation can have."""
+        source = int(self.data.splits[split].source.lengths.max())
+        return int(self.decoding["max_len_a"] * source + self.decoding["max_len_b"]) + 1
+
+    def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        model = cast(TranslationModel, model)
+        pairs = self.data.splits[next(iter(self.splits))]
+        with NormalizerRecorder(model) as recorder:
+            # One at a time: what attends from padding would count too.
+            for index in range(min(INSPECTED_SENTENCES, len(pairs))):
+                batch = pairs.batch([index], self.device)
+                model.output.probabilities(model(batch.source, batch.target_in))
+        return recorder.summary()
+
+
+def score_lines(
+    vocabulary: PairVocabulary, lines: list[str], references: list[str]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Scores of translated lines by name, and the signatures of sacreBLEU."""
+    plain = [vocabulary.plain(line) for line in lines]
+    plain_references = [vocabulary.plain(line) for line in references]
+    figures, signatures = {}, {}
+    for name, metric in {"bleu": BLEU(), "chrf": CHRF()}.items():
+        figures[name] = metric.corpus_score(plain, [plain_references]).score
+        signatures[name] = str(metric.get_signature())
+    words, word_references = (
+        [words for line in side if (words := vocabulary.words(line)) is not None]
+        for side in (lines, references)
+    )
+    if words:
+        tokenized = BLEU(tokenize="none", smooth_method="none", force=True)
+        figures["tokenized_bleu"] = tokenized.corpus_score(words, [word_references]).score
+        signatures["tokenized_bleu"] = str(tokenized.get_signature())
+    return figures, signatures
+
+
+def build_translation_model(config: DictConfig, languages: Languages) -> TranslationModel:
+    """The model that `config` describes, in `model`, `attention` and `output`.
+
+    In `model`, the attention of encoder, decoder and cross-attention can be a normalizer's name, or
+    its name and options, where it is to differ from `attention`.
+
+    Raises:
+        ValueError: an option of the model or a normalizer is out of range.
+    """
+    options = _plain(config.model)
+    for place in ("encoder_attention", "decoder_attention", "cross_attention"):
+        if isinstance(options[place], str):
+            options[place] = {"name": options[place]}
+    return TranslationModel(
+        languages.source_vocabulary.size,
+        languages.target_vocabulary.size,
+        languages.target_vocabulary.padding_index,
+        **options,
+        attention=_plain(config.attention),
+        output=_plain(config.output),
+    )
+
+
+def check_decoding(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of beam search, in range.
+
+    Raises:
+        ValueError: naming the field, its value and what to type instead.
+    """
+    for field, allowed, remedy in DECODING:
+        if isinstance(options[field], bool) or not allowed(options[field]):
+            raise ValueError(f"decoding.{field}={options[field]!r} must be {remedy}")
+    return dict(options)
+
+
+def _plain(section: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]

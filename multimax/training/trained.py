@@ -1,0 +1,70 @@
+"""Reading a trained model back from its run folder."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from multimax.training.files import load_checkpoint
+
+
+def read_run(checkpoint: Path, task: str, experiments: str) -> tuple[Path, DictConfig, dict]:
+    """The checkpoint of a run, its configuration and its content.
+
+    Args:
+        checkpoint: a run folder (of which it is the one with the reported weights), or a checkpoint
+            in one; config.yaml is beside it.
+        task: what it must have been trained for.
+        experiments: what experiments of this task are called, such as "mt_...".
+
+    Raises:
+        FileNotFoundError: the checkpoint or its config.yaml is missing.
+        ValueError: the checkpoint is damaged or of another task.
+    """
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no {file}, which tells what model {checkpoint.name} is of: give a run "
+            "folder, or a checkpoint in its run folder"
+        )
+    config = OmegaConf.load(file)
+    assert isinstance(config, DictConfig)
+    if config.task.name != task:
+        raise ValueError(
+            f"{folder} was trained for {config.task.name}: give the run of an experiment "
+            f"{experiments}"
+        )
+    path = folder / f"{config.trainer.report}.pt" if checkpoint.is_dir() else checkpoint
+    return path, config, load_checkpoint(path)
+
+
+def load_trained(
+    model: nn.Module, path: Path, state: dict[str, Any], fingerprint: str, data: str
+) -> None:
+    """Put the weights of a checkpoint into its model, in evaluation mode.
+
+    Args:
+        model: as its configuration describes it.
+        path: of the checkpoint.
+        state: its content.
+        fingerprint: of the vocabulary that the model was built for.
+        data: the name of its data set.
+
+    Raises:
+        ValueError: the checkpoint is of another vocabulary or of another model.
+    """
+    if state.get("fingerprint") != fingerprint:
+        raise ValueError(
+            f"{path} was trained with another vocabulary than that of {data}: give its data with "
+            "--data-root"
+        )
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} does not fit the model in config.yaml beside it ({error}): keep a checkpoint "
+            "in its run folder"
+        ) from error
+    model.eval()

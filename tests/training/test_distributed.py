@@ -1,0 +1,117 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import (
+    ROOT,
+    assert_same,
+    figures,
+    history,
+    only,
+    run_quietly,
+    state,
+    tiny_config,
+    tiny_overrides,
+)
+
+from multimax.training.files import load_checkpoint
+
+# No dropout and no augmentation, so that the parts of a batch are what one process sees whole; an
+# odd split, which two processes cannot halve; and an accumulation, for which DDP must wait.
+OPTIONS = (
+    "trainer.updates=60",
+    "trainer.evaluate_every=20",
+    "trainer.accumulation=2",
+    "trainer.ema_decay=0.9",
+    "data.valid_size=999",
+)
+
+
+def start(folder):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.Popen(
+        [*launcher, "train.py", *tiny_overrides(folder, *OPTIONS)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def worker(launcher, rank):
+    """The process id of a worker, once it has logged an update."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    for child in children:
+        if f"\0LOCAL_RANK={rank}\0".encode() in Path(f"/proc/{child}/environ").read_bytes():
+            return int(child)
+    raise LookupError(f"no worker of rank {rank}")
+
+
+def wait_for_update(process, folder, update):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        files = list(folder.rglob("metrics.jsonl"))
+        if files and files[0].read_text().count("\n") > update:
+            return
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+def assert_as_one_process(folder, one):
+    assert len(history(folder)) == len(history(one)) == 63
+    for got, expected in zip(history(folder), history(one), strict=True):
+        assert list(got) == list(expected)
+        for name, value in expected.items():
+            # A rounding difference can tip single images of the 999.
+            tolerance = {"abs": 0.31} if "top" in name else {"rel": 2e-4}
+            assert got[name] == pytest.approx(value, **tolerance), name
+    metrics, expected = figures(folder)["metrics"], figures(one)["metrics"]
+    for split, examples in (("valid", 999), ("test", 2000)):
+        assert metrics[split]["examples"] == examples
+        assert metrics[split]["loss"] == pytest.approx(expected[split]["loss"], rel=2e-4)
+
+
+def interrupt(folder):
+    """Start the run and send a signal to one of its processes; the update that both stop after."""
+    process = start(folder)
+    wait_for_update(process, folder, 5)
+    os.kill(worker(process.pid, rank=1), signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "exitcode  : 143" in output
+    stopped = load_checkpoint(only(folder, "last.pt"))["position"]["update"]
+    assert 5 <= stopped < 60
+    assert f"stopped by a signal after update {stopped};" in output
+    assert not list(folder.rglob("result.json"))
+    return stopped
+
+
+def test_two_processes(tmp_path):
+    """They give the numbers of one, stop at the same update, and resume exactly."""
+    one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
+    output = finish(start(two))
+    assert output.count("run       deit_multimax") == 1
+    assert "2 x cpu" in output
+    assert len(load_checkpoint(only(two, "last.pt"))["random_states"]) == 2
+
+    run_quietly(tiny_config(one, *OPTIONS))
+    assert_as_one_process(two, one)
+    names = [
+        sorted(path.name for path in only(folder, "result.json").parent.iterdir())
+        for folder in (one, two)
+    ]
+    assert names[0] == names[1]
+
+    stopped = interrupt(parts)
+    assert f"at update {stopped}" in finish(start(parts))
+    assert_same(state(parts), state(two))
+    assert history(parts) == history(two)
+    assert figures(parts) == figures(two)

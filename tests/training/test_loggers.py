@@ -1,0 +1,176 @@
+import io
+import json
+import logging
+import re
+import sys
+import types
+
+import pytest
+from rich.console import Console
+from tiny import only, run_quietly, tiny_config
+
+from multimax.training.loggers import JsonLinesLogger, ProgressDisplay, WandbLogger
+
+
+def break_import(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+
+
+class FakeRun:
+    def __init__(self, broken):
+        self.broken, self.summary, self.calls = broken, {}, []
+
+    def __getattr__(self, name):
+        def call(*arguments, **options):
+            self.calls.append((name, *arguments))
+            if name == self.broken:
+                raise RuntimeError(f"{name} is broken\nsecond line")
+
+        return call
+
+
+def fake_wandb(monkeypatch, broken):
+    """A module `wandb` of which one call fails."""
+    run = FakeRun(broken)
+
+    def init(**options):
+        run.options = options
+        if broken == "init":
+            raise TimeoutError("init is broken")
+        return run
+
+    module = types.SimpleNamespace(
+        init=init, Settings=lambda **_: None, login=lambda **_: broken == "nothing"
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return run
+
+
+@pytest.mark.parametrize("broken", ["import", "init", "log", "finish"])
+def test_broken_wandb_costs_no_run_and_is_said_once(tmp_path, monkeypatch, caplog, broken):
+    if broken == "import":
+        break_import(monkeypatch)
+    else:
+        run = fake_wandb(monkeypatch, broken)
+    result = run_quietly(tiny_config(tmp_path, "logger.wandb=online"))
+    assert result["updates"] == 4
+    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    (said,) = [warning for warning in warnings if "Weights & Biases" in warning]
+    assert "off for this run" in said
+    assert "logger.wandb=disabled" in said
+    if broken != "import":
+        assert f"{broken} is broken)" in said
+        names = [name for name, *_ in run.calls]
+        assert names.count(broken) == (broken != "init")
+
+
+def test_what_wandb_gets(tmp_path, monkeypatch, caplog):
+    run = fake_wandb(monkeypatch, "nothing")
+    config = tiny_config(tmp_path, "logger.wandb=auto", "tags=[table1,cell]")
+    result = run_quietly(config)
+    folder = only(tmp_path, "result.json").parent
+    options = run.options
+    assert (options["project"], options["mode"]) == ("multimax", "online")
+    assert (options["group"], options["name"]) == ("deit_multimax", folder.name)
+    assert (options["tags"], options["dir"]) == (["table1", "cell"], folder)
+    assert options["config"] == result["config"]
+    assert options["id"] == (folder / "wandb_id").read_text()
+    logged = [figures for name, figures in (c for c in run.calls if len(c) == 2) if name == "log"]
+    assert logged == [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert run.summary["test/top1"] == result["metrics"]["test"]["top1"]
+    assert run.calls[0] == ("define_metric", "*")
+    assert run.calls[-1] == ("finish",)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("mode", "environment", "expected"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": "x"}, "online"),
+        ("auto", {"WANDB_API_KEY": "x", "WANDB_MODE": "offline"}, "offline"),
+        ("online", {}, "online"),
+        ("offline", {"WANDB_API_KEY": "x"}, "offline"),
+    ],
+)
+def test_wandb_mode(tmp_path, monkeypatch, mode, environment, expected):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run = fake_wandb(monkeypatch, None)
+    WandbLogger(mode, tmp_path, {})
+    assert run.options["mode"] == expected
+
+
+def test_disabled_wandb_is_not_touched(tmp_path, monkeypatch, caplog):
+    break_import(monkeypatch)
+    logger = WandbLogger("disabled", tmp_path, {})
+    logger.log(1, {"train/loss": 1.0})
+    logger.finish({"test/top1": 1.0})
+    assert not caplog.records
+
+
+def test_real_wandb_offline(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    run_quietly(tiny_config(tmp_path, "logger.wandb=offline", "trainer.updates=2"))
+    folder = only(tmp_path, "result.json").parent
+    (record,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    assert (folder / "wandb_id").read_text() in record.name
+    content = record.read_bytes()
+    assert b"train/loss" in content
+    assert b"test/top1" in content
+    assert not [r for r in caplog.records if r.name.startswith("multimax")]
+
+
+def test_json_lines(tmp_path):
+    logger = JsonLinesLogger(tmp_path / "metrics.jsonl")
+    logger.resume(0)
+    for update in (1, 2, 3):
+        logger.log(update, {"train/loss": 1 / update, "train/gradient_norm": float("inf")})
+    logger.resume(2)
+    logger.log(3, {"valid/top1": 9.0})
+    logger.finish({})
+    expected = [{"update": u, "train/loss": 1 / u, "train/gradient_norm": None} for u in (1, 2)]
+    lines = [json.loads(line) for line in logger.path.read_text().splitlines()]
+    assert lines == [*expected, {"update": 3, "valid/top1": 9.0}]
+    logger.resume(0)
+    assert logger.path.read_text() == ""
+
+
+def display_of(terminal, every=0.0):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    with ProgressDisplay(console, 40, "images", every=every) as display:
+        display.start_at(10)
+        for update in (11, 12):
+            display.show(update, 2, 0.5, 1e-3, 1234.0)
+        display.print("after update 12: valid  top1 9")
+        display.show(40, 3, 0.25, 1e-5, 1234.0)
+    return console.file.getvalue()
+
+
+def test_plain_lines_without_a_terminal():
+    lines = display_of(terminal=False).splitlines()
+    expected = r"epoch 3  update 11/40  loss 0\.5000  1,234 images/s  lr 1\.00e-03  \d+ s left"
+    assert re.fullmatch(expected, lines[0])
+    assert lines[2] == "after update 12: valid  top1 9"
+    assert lines[3].startswith("epoch 4  update 40/40  loss 0.2500")
+    assert lines[3].endswith(" 0 s left")
+    assert len(lines) == 4
+    assert "\x1b" not in "".join(lines)
+
+
+def test_plain_lines_are_not_too_many():
+    assert display_of(terminal=False, every=60.0) == "after update 12: valid  top1 9\n"
+
+
+def test_bar_on_a_terminal():
+    output = display_of(terminal=True)
+    assert "━" in output
+    assert "40/40" in output
+    assert "epoch 4" in output
+    assert "loss 0.2500  1,234 images/s" in output
+    assert "after update 12: valid  top1 9" in output
+    assert "s left" not in output

@@ -1,0 +1,235 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import (
+    ROOT,
+    assert_same,
+    figures,
+    history,
+    only,
+    run_quietly,
+    state,
+    tiny_config,
+    tiny_overrides,
+)
+
+from multimax.training.files import load_checkpoint, locked
+from multimax.training.trainer import InterruptedRunError, Trainer
+
+# Eight updates an epoch; interrupted in the middle of the first and at its end.
+EPOCHS = (
+    "data.valid_size=6000",
+    "trainer.batch_size=125",
+    "trainer.epochs=2",
+    "trainer.updates=null",
+    "trainer.evaluate_every=1",
+)
+CASES = {
+    "plain": (),
+    "random": (
+        "loss.mixup=0.8",
+        "loss.cutmix=1.0",
+        "loss.label_smoothing=0.1",
+        "model.drop_path=0.3",
+        "model.dropout=0.1",
+        "model.attention_dropout=0.1",
+        "trainer.ema_decay=0.9",
+        "trainer.batch_size=124",
+    ),
+    "accumulation": ("trainer.accumulation=2", "trainer.batch_size=124", "model.dropout=0.1"),
+    "augmentation": (
+        "data.crop_padding=2",
+        "data.horizontal_flip=0.5",
+        "data.random_erasing=0.5",
+        "schedule.per_epoch=true",
+        "trainer.clip_norm=0.1",
+    ),
+    "updates": ("trainer.epochs=null", "trainer.updates=11", "trainer.evaluate_every=3"),
+}
+
+
+def terminate_after(monkeypatch, update):
+    """Send a real SIGTERM to this process during an update."""
+    real = Trainer._update
+
+    def update_and_signal(self, group):
+        done = real(self, group)
+        if self.position.update + 1 == update:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(Trainer, "_update", update_and_signal)
+
+
+def interrupt(config, monkeypatch, update):
+    with monkeypatch.context() as context:
+        terminate_after(context, update)
+        with pytest.raises(InterruptedRunError, match=f"after update {update}$"):
+            run_quietly(config)
+
+
+def assert_same_run(folder, expected):
+    assert_same(state(folder), state(expected))
+    assert history(folder) == history(expected)
+    assert figures(folder) == figures(expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interrupted_run_equals_an_undisturbed_one(tmp_path, monkeypatch, case):
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    run_quietly(tiny_config(whole, *EPOCHS, *CASES[case]))
+    config = tiny_config(parts, *EPOCHS, *CASES[case])
+    for update in (5, 8):
+        interrupt(config, monkeypatch, update)
+        assert load_checkpoint(only(parts, "last.pt"))["position"]["update"] == update
+        torch.manual_seed(update)  # what is drawn in between does not matter
+    run_quietly(config)
+    assert_same_run(parts, whole)
+
+
+def test_resume_from_a_given_checkpoint(tmp_path, monkeypatch):
+    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    run_quietly(tiny_config(whole, "trainer.updates=6"))
+    interrupt(tiny_config(first, "trainer.updates=6"), monkeypatch, 3)
+    for path in (only(first, "last.pt"), only(first, "last.pt").parent):
+        shutil.rmtree(second, ignore_errors=True)
+        run_quietly(
+            tiny_config(second, "trainer.updates=6", f"resume={path}", "trainer.report=best")
+        )
+        assert_same(state(second)["model"], state(whole)["model"])
+        assert history(second) == [entry for entry in history(whole) if entry["update"] > 3]
+        best = load_checkpoint(only(second, "best.pt"))["position"]
+        assert figures(second)["best"]["update"] == best["update"] > 3
+    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):
+        run_quietly(tiny_config(tmp_path / "third", "resume=nowhere"))
+
+
+def test_finished_run_is_read_back(tmp_path, monkeypatch):
+    first = run_quietly(tiny_config(tmp_path))
+    before = only(tmp_path, "result.json").read_bytes()
+    monkeypatch.setattr("multimax.training.run.build_task", lambda *_: pytest.fail("repeated"))
+    assert run_quietly(tiny_config(tmp_path)) == first
+    assert only(tmp_path, "result.json").read_bytes() == before
+
+
+def test_never_starts_afresh_and_keeps_the_old(tmp_path):
+    run_quietly(tiny_config(tmp_path))
+    old = only(tmp_path, "result.json").read_bytes(), history(tmp_path)
+    for number in (1, 2):
+        run_quietly(tiny_config(tmp_path, "resume=never"))
+        folder = only(tmp_path, "result.json").parent
+        kept = folder / f"previous-{number}"
+        assert {"result.json", "last.pt", "best.pt", "metrics.jsonl"} <= set(os.listdir(kept))
+        assert (folder / "previous-1" / "result.json").read_bytes() == old[0]
+        assert history(tmp_path) == old[1]
+    assert sorted(p.name for p in folder.glob("previous-*")) == ["previous-1", "previous-2"]
+
+
+@pytest.mark.parametrize(
+    "rest", ['{"update": 4, "train/lo', "", '{"update": 4, "valid/top1": 9.0}\n']
+)
+def test_metrics_of_a_killed_run_are_mended(tmp_path, monkeypatch, rest):
+    """A kill can cut the last line short, and leave lines of updates after the checkpoint."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_quietly(tiny_config(whole))
+    interrupt(tiny_config(parts), monkeypatch, 3)
+    with only(parts, "metrics.jsonl").open("a") as stream:
+        stream.write(rest)
+    run_quietly(tiny_config(parts))
+    assert_same_run(parts, whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("model.embed_dim=32",), r"last\.pt does not fit the configured model.*resume=never"),
+        (("trainer.ema_decay=0.9",), r"written without EMA: set trainer\.ema_decay"),
+    ],
+)
+def test_checkpoint_of_another_model(tmp_path, monkeypatch, changes, message):
+    interrupt(tiny_config(tmp_path / "one"), monkeypatch, 3)
+    path = only(tmp_path / "one", "last.pt")
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        run_quietly(tiny_config(tmp_path / "other", *changes, f"resume={path}"))
+
+
+def test_weights_alone_cannot_be_resumed(tmp_path):
+    run_quietly(tiny_config(tmp_path / "one"))
+    path = only(tmp_path / "one", "best.pt")
+    with pytest.raises(
+        ValueError, match=r"best\.pt cannot be resumed \(missing: optimizer, random"
+    ):
+        run_quietly(tiny_config(tmp_path / "other", f"resume={path}"))
+
+
+def test_run_folder_in_use(tmp_path):
+    run_quietly(tiny_config(tmp_path))
+    with (
+        locked(only(tmp_path, "result.json").parent),
+        pytest.raises(ValueError, match="another process is running this very configuration"),
+    ):
+        run_quietly(tiny_config(tmp_path))
+
+
+def command(folder):
+    options = ("trainer.updates=400", "trainer.evaluate_every=40", "model.dropout=0.1")
+    return [sys.executable, "train.py", *tiny_overrides(folder, *options)]
+
+
+def start(folder):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(folder), cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def send_at(process, folder, number, update):
+    """Send a signal as soon as the run has logged an update; what the process said."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        files = list(folder.rglob("metrics.jsonl"))
+        lines = files[0].read_text().splitlines() if files else []
+        if len(lines) > 1 and json.loads(lines[-2])["update"] >= update:
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.communicate(timeout=300)
+
+
+def test_terminated_and_killed_process(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    undisturbed = start(whole)
+    process = start(parts)
+    _, error = send_at(process, parts, signal.SIGTERM, 60)
+    assert process.returncode == 143, error
+    stopped = load_checkpoint(only(parts, "last.pt"))["position"]["update"]
+    assert 60 <= stopped < 400
+    assert f"stopped by a signal after update {stopped}; the same command goes on" in error
+    assert not list(parts.rglob("result.json"))
+
+    process = start(parts)
+    output, error = send_at(process, parts, signal.SIGKILL, stopped + 80)
+    assert process.returncode == -signal.SIGKILL, error
+    saved = load_checkpoint(only(parts, "last.pt"))["position"]["update"]
+    assert stopped < saved < history_length(parts) < 400
+
+    process = start(parts)
+    output, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert f"resuming from {only(parts, 'last.pt')} at update {saved}" in output
+    assert undisturbed.wait(300) == 0
+    undisturbed.communicate()
+    assert_same_run(parts, whole)
+
+
+def history_length(folder):
+    lines = only(folder, "metrics.jsonl").read_text().splitlines()
+    return json.loads(lines[-2])["update"]

@@ -1,0 +1,170 @@
+"""Small configurations, and a task of a few numbers, for the tests of training."""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from torch import nn
+
+from multimax import MultiMax
+from multimax.tasks.base import Task
+from multimax.training.files import load_checkpoint
+from multimax.training.run import run
+from multimax.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+PLAIN = (
+    "model.depth=1",
+    "model.embed_dim=16",
+    "model.num_heads=2",
+    "data.crop_padding=0",
+    "data.horizontal_flip=0",
+    "data.random_erasing=0",
+    "loss.label_smoothing=0",
+    "trainer.epochs=null",
+    "trainer.updates=4",
+    "trainer.batch_size=20",
+    "trainer.eval_batch_size=1000",
+    "trainer.evaluate_every=2",
+    "trainer.log_every=1",
+    "schedule.warmup=1",
+    "logger.wandb=disabled",
+)
+
+
+def tiny_overrides(folder, *overrides):
+    """A command line that trains for a second: two heads, one block, no augmentation."""
+    return ["experiment=deit_multimax", *PLAIN, f"output_dir={folder}", *overrides]
+
+
+def tiny_config(folder, *overrides):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("config", overrides=tiny_overrides(folder, *overrides))
+
+
+def run_quietly(config):
+    with open("/dev/null", "w") as nowhere:
+        return run(config, Console(file=nowhere))
+
+
+def only(folder, name):
+    """The one file of this name below a folder."""
+    (path,) = (p for p in Path(folder).rglob(name) if "previous-" not in str(p))
+    return path
+
+
+def history(folder):
+    """What a run logged, without what depends on the clock."""
+    entries = [json.loads(line) for line in only(folder, "metrics.jsonl").read_text().splitlines()]
+    for entry in entries:
+        entry.pop("train/rate", None)
+    return entries
+
+
+def state(folder):
+    """What a run saved, without what depends on the clock."""
+    checkpoint = load_checkpoint(only(folder, "last.pt"))
+    checkpoint["position"].pop("seconds")
+    return checkpoint
+
+
+def figures(folder):
+    """What a run resulted in, without what depends on the clock or the folder."""
+    result = json.loads(only(folder, "result.json").read_text())
+    keys = ("metrics", "best", "normalizers", "learned_scalars", "updates", "parameters", "seed")
+    return {key: result[key] for key in keys}
+
+
+def assert_same(got, expected, place="state"):
+    """Equality bit for bit of nested dicts, sequences and tensors."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(got, expected), place
+    elif isinstance(expected, dict):
+        assert list(got) == list(expected), place
+        for key, value in expected.items():
+            assert_same(got[key], value, f"{place}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(got) == len(expected), place
+        for i, pair in enumerate(zip(got, expected, strict=True)):
+            assert_same(*pair, f"{place}[{i}]")
+    else:
+        assert got == expected, place
+
+
+class Batches:
+    """A train loader over given batches, the same ones in each epoch."""
+
+    def __init__(self, batches):
+        self.given = batches
+
+    def __len__(self):
+        return len(self.given)
+
+    def batches(self, epoch, start=0):
+        return iter(self.given[start:])
+
+
+class Regression(Task):
+    """Fits a line through a MultiMax layer; the batches can differ in size."""
+
+    unit = "rows"
+    monitor = "valid/loss"
+    higher_is_better = False
+
+    def __init__(self, sizes, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(sum(sizes), 3, generator=generator, dtype=dtype)
+        y = x @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=dtype)
+        self.train_loader = Batches(list(zip(x.split(sizes), y.split(sizes), strict=True)))
+        self.data, self.splits = (x, y), {"valid": len(x)}
+        torch.manual_seed(2)
+        self.model = nn.Sequential(nn.Linear(3, 4), MultiMax(), nn.Linear(4, 1)).to(dtype)
+
+    def describe(self):
+        return {}
+
+    def weight(self, batch):
+        return len(batch[0])
+
+    def loss(self, model, batch):
+        x, y = batch
+        return (model(x) - y).square().mean()
+
+    def evaluate(self, model, split, reduce):
+        return {"loss": self.loss(model, self.data).item()}
+
+    def inspect(self, model):
+        seen = []
+        handle = model[1].register_forward_hook(lambda *_: seen.append(1))
+        model(self.data[0])
+        handle.remove()
+        return {"1": {"calls": len(seen)}}
+
+
+class Recorder:
+    """A logger that keeps what it is told."""
+
+    def __init__(self):
+        self.entries = []
+
+    def resume(self, update):
+        self.entries = [entry for entry in self.entries if entry[0] <= update]
+
+    def log(self, update, figures):
+        self.entries.append((update, figures))
+
+    def finish(self, summary):
+        pass
+
+    def series(self, name):
+        return [figures[name] for _, figures in self.entries if name in figures]
+
+
+def build_trainer(folder, task, *overrides, precision="no"):
+    """A trainer with a recorder as its only logger."""
+    config = tiny_config(folder, *overrides)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    return Trainer(task, config, folder, accelerator, [Recorder()], None)
