@@ -27,7 +27,7 @@ test: setup lint types ## lint, type checks and all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 test-fairseq: $(FAIRSEQ_VENV)/complete ## the fairseq plug-in with fairseq itself (Python 3.11 or 3.12)
-	OMP_NUM_THREADS=1 $(FAIRSEQ_RUN) -m pytest -n 2 tests/fairseq
+	OMP_NUM_THREADS=1 $(FAIRSEQ_RUN) -m pytest -n 2 --dist loadfile tests/fairseq
 
 # fairseq on top of all that .venv has, and of this folder.
 $(FAIRSEQ_VENV)/complete: $(VENV)/complete requirements/fairseq.txt

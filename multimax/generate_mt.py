@@ -141,8 +141,14 @@ class Translator:
         source = self._encode(line)
         target = self._search(torch.tensor([source]))[0].tokens
         maps = self.cross_attention(source, target)
-        rows = self.languages.target_vocabulary.pieces(target)
-        columns = self.languages.source_vocabulary.pieces(source)
+        # Between two dollar signs matplotlib would read a formula.
+        rows, columns = (
+            [piece.replace("$", r"\$") for piece in vocabulary.pieces(tokens)]
+            for vocabulary, tokens in (
+                (self.languages.target_vocabulary, target),
+                (self.languages.source_vocabulary, source),
+            )
+        )
         size = (1 + 0.25 * len(columns), 1.3 + 0.25 * len(rows))
         figure, axes = pyplot.subplots(
             1, len(maps), figsize=(len(maps) * size[0] + 1, size[1]), squeeze=False,

@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from rich.console import Console
 
+from multimax.data.pair_vocabulary import BytePairs
 from multimax.data.pairs import LibreOfficeHelp
 from multimax.generate import main
 from multimax.generate_mt import load
@@ -141,6 +142,13 @@ def test_the_heat_map_of_the_first_sentence(generate, pairs, tmp_path):
     image = Image.open(picture)
     assert image.width > image.height > 100
     assert len(image.convert("RGB").getcolors(2**24)) > 20
+
+
+def test_dollar_signs_in_a_picture(trained, pairs, tmp_path, monkeypatch):
+    translator = load(trained)
+    monkeypatch.setattr(BytePairs, "pieces", lambda self, tokens: [r"$\frac$" for _ in tokens])
+    translator.draw_attention(pairs[0][0], tmp_path / "attention.pdf")
+    assert (tmp_path / "attention.pdf").stat().st_size > 1000
 
 
 def test_cross_attention_is_a_distribution_over_the_source(trained, pairs):

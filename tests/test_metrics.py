@@ -10,7 +10,6 @@ from multimax import (
     NormalizerRecorder,
     SoftMax,
     SparseMax,
-    attention,
     entropy,
     mean_of_defined,
     modulator_health,
@@ -23,6 +22,7 @@ from multimax import (
     support_size,
     top_k_mass,
 )
+from multimax.attention import attention
 
 P = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
 X = torch.tensor([3.0, 2.0, 1.0, 0.0], dtype=torch.float64)

@@ -187,8 +187,8 @@ class LibreOfficeHelp(PairSource):
         self,
         source: str = "de",
         target: str = "en",
-        max_length: int = 100,
-        vocabulary_size: int = 6000,
+        max_length: int = 128,
+        vocabulary_size: int = 4000,
         cache: str | None = None,
     ) -> None:
         super().__init__(source, target, max_length)

@@ -120,7 +120,7 @@ def _vocabulary(train: Traversable, size: int, cache: str | None) -> BytePairVoc
 def byte_pairs(lines: list[str], size: int, cache: str | None = None) -> BytePairVocabulary:
     """The BPE of a text, from the cache, or trained and put there; errors as in `text_files`."""
     # Another version may train another vocabulary.
-    key = "\n".join([tokenizers.__version__, str(size), *lines])
+    key = "\n".join([tokenizers.__version__, *lines])
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = Path(cache or CACHE).expanduser() / f"bpe-{size}-{digest}.json"
     if not path.exists():

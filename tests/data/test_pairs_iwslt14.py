@@ -213,12 +213,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"% of the words in the test split of iwslt14"):
             source.load()
 
-    def test_empty_lines_are_left_out_and_counted(self, folder, tmp_path):
+    @pytest.mark.parametrize("name", ["test.de", "test.en"])
+    def test_empty_lines_are_left_out_and_counted(self, folder, tmp_path, name):
         def emptied(content):
             rows = content.split(b"\n")
             return b"\n".join([b"", rows[1], b"  ", *rows[3:]])
 
-        data = spoil(folder, tmp_path, "test.de", emptied).load()
+        data = spoil(folder, tmp_path, name, emptied).load()
         assert data.left_out["test"] == {"with an empty side": 2}
         kept = [line for i, line in enumerate(lines(folder / "test.en")) if i not in (0, 2)]
         assert data.references["test"] == kept

@@ -149,8 +149,9 @@ def test_sparse_output(data, tmp_path):
     line = [data / "lm", "--arch", f"multimax_{name}", *words(MODELS[name]), *FLAGS[name]]
     line += ["--criterion", "multimax_output_loss", "--output-normalizer", "entmax15"]
     log = tool("fairseq-train", *line, *TRAIN, "--max-update", "20", "--save-dir", tmp_path)
-    assert "ppl" not in log
-    checkpoint = ["--path", tmp_path / "checkpoint_last.pt", *COMMON]
+    assert "| ppl" not in log
+    checkpoint = ["--path", tmp_path / "checkpoint_last.pt", *COMMON, "--batch-size", "4"]
+    checkpoint += ["--tokens-per-sample", "16"]
     validated = tool("fairseq-validate", data / "lm", *checkpoint, "--task", "language_modeling")
     assert number(r"loss", validated) == number(r"valid on 'valid' subset \| loss", log)
     with pytest.raises(AssertionError, match="perplexity of a sparse output is not defined"):
@@ -165,6 +166,7 @@ dataset: {batch_size: 4, num_workers: 0}
 criterion: {_name: cross_entropy}
 optimization: {max_update: 2, lr: [0.01]}
 optimizer: {_name: adam}
+lr_scheduler: {_name: fixed}
 model:
   _name: multimax_transformer_lm
   decoder_layers: 1
@@ -181,7 +183,7 @@ model:
 def test_hydra_train(data, tmp_path):
     (tmp_path / "tiny.yaml").write_text(HYDRA % (USER[1], data / "lm"))
     line = ["--config-dir", tmp_path, "--config-name", "tiny"]
-    line += ["model.output_normalizer='multimax:order=3'", "checkpoint.save_dir=saved"]
+    line += ["model.output_normalizer='multimax:order=3'", f"checkpoint.save_dir={tmp_path}/saved"]
     tool("fairseq-hydra-train", *line, cwd=tmp_path)
     (model,), _, _ = load_model_ensemble_and_task([str(tmp_path / "saved" / "checkpoint_last.pt")])
     layer = model.decoder.layers[0].self_attn

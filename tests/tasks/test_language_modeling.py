@@ -183,6 +183,16 @@ def test_training_loss_is_the_mean_over_the_targets_that_count(composed):
     assert smooth.loss(smooth.model.eval(), batches[0]) > task.loss(task.model, batches[0])
 
 
+def test_training_batches_are_those_of_seed_and_rank(composed):
+    def targets(seed, rank=0, world_size=1):
+        task = build(composed("lm_softmax", f"seed={seed}"), rank, world_size)
+        return next(task.train_loader.batches(0)).targets
+
+    whole = targets(seed=3)
+    assert not torch.equal(targets(seed=4), whole)
+    assert torch.equal(torch.cat([targets(3, rank, 2) for rank in range(2)]), whole)
+
+
 def test_what_is_inspected(composed, monkeypatch):
     task = build(composed("lm_multimax"))
     with torch.inference_mode():

@@ -20,7 +20,7 @@ from tiny import (
     tiny_overrides,
 )
 
-from multimax.training.files import load_checkpoint, locked
+from multimax.training.files import load_checkpoint, locked, save_checkpoint
 from multimax.training.trainer import InterruptedRunError, Trainer
 
 # Eight updates an epoch; interrupted in the middle of the first and at its end.
@@ -98,7 +98,12 @@ def test_resume_from_a_given_checkpoint(tmp_path, monkeypatch):
     whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
     run_quietly(tiny_config(whole, "trainer.updates=6"))
     interrupt(tiny_config(first, "trainer.updates=6"), monkeypatch, 3)
-    for path in (only(first, "last.pt"), only(first, "last.pt").parent):
+    path = only(first, "last.pt")
+    checkpoint = load_checkpoint(path)
+    assert checkpoint["position"]["best_update"] == 2
+    checkpoint["position"]["best"] = 99.0  # out of reach, but its weights stay in `first`
+    save_checkpoint(path, checkpoint)
+    for path in (path, path.parent):
         shutil.rmtree(second, ignore_errors=True)
         run_quietly(
             tiny_config(second, "trainer.updates=6", f"resume={path}", "trainer.report=best")

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 
 from multimax import MultiMax
+from multimax.metrics import NormalizerRecorder
 from multimax.tasks.base import Task
 from multimax.training.files import load_checkpoint
 from multimax.training.run import run
@@ -137,11 +138,9 @@ class Regression(Task):
         return {"loss": self.loss(model, self.data).item()}
 
     def inspect(self, model):
-        seen = []
-        handle = model[1].register_forward_hook(lambda *_: seen.append(1))
-        model(self.data[0])
-        handle.remove()
-        return {"1": {"calls": len(seen)}}
+        with NormalizerRecorder(model) as recorder:
+            model(self.data[0])
+        return recorder.summary()
 
 
 class Recorder:
