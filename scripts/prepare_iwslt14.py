@@ -217,7 +217,7 @@ def _write(path: Path, lines: Iterable[str]) -> int:
     return count
 
 
-# Only "\n" ends a line: some sentences hold other line separators of Unicode.
+# Only "\n" ends a line: a sentence may hold a "\r".
 def _create(path: Path) -> IO[str]:
     return path.open("w", encoding="utf-8", newline="\n")
 

@@ -264,7 +264,7 @@ class Iwslt14(PairSource):
 
 def _lines(file: Path) -> Iterator[str]:
     try:
-        # Only "\n" ends a line: some sentences hold other line separators of Unicode.
+        # Only "\n" ends a line: a sentence may hold a "\r".
         with file.open(encoding="utf-8", newline="\n") as stream:
             for line in stream:
                 yield line.rstrip("\n")

@@ -253,8 +253,11 @@ class Trainer:
         """Figures of each normalizer on a few evaluation batches, by module name."""
         self.task.model.eval()
         # A compiled model would not call the hooks that look at its normalizers.
-        eager = torch.compiler.set_stance("force_eager")
-        with torch.inference_mode(), self.accelerator.autocast(), eager:
+        with (
+            torch.inference_mode(),
+            self.accelerator.autocast(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             return self.task.inspect(self.task.model)
 
     def log(self, figures: dict[str, float]) -> None:

@@ -9,6 +9,15 @@ from multimax.data.pairs import build_pair_source
 from scripts.prepare_iwslt14 import is_clean, prepare, segments, training_text
 
 
+# Title and description of both talks are text too, as in fairseq.
+HEADS = [[f"Speaker{n}: A Talk{n}", f"About Talk{n}"] for n in (1, 2)]
+
+
+def tokenized(sentence):
+    """As Moses does it, for the sentences here."""
+    return sentence.lower().replace(".", " .").replace(":", " :")
+
+
 def lines(path):
     content = path.read_bytes().decode()
     assert content.endswith("\n")
@@ -33,14 +42,11 @@ def test_what_is_written(folder):
 
 
 def test_every_23rd_clean_pair_is_for_validation(folder):
-    # Title and description of both talks are text too, as in fairseq.
-    heads = [[f"Speaker{n}: A Talk{n}", f"About Talk{n}"] for n in (1, 2)]
     plain = [s[1] for s in sentences()]
-    everything = [*heads[0], *plain[:60], *heads[1], *plain[60:]]
-    tokenized = [s.lower().replace(".", " .").replace(":", " :") for s in everything]
-    assert without_bpe(folder / "valid.en") == tokenized[22::23]
+    english = [tokenized(s) for s in (*HEADS[0], *plain[:60], *HEADS[1], *plain[60:])]
+    assert without_bpe(folder / "valid.en") == english[22::23]
     assert without_bpe(folder / "train.en") == [
-        line for number, line in enumerate(tokenized, 1) if number % 23
+        line for number, line in enumerate(english, 1) if number % 23
     ]
     assert len(lines(folder / "valid.de")) == 5
     assert len(lines(folder / "train.de")) == 119
@@ -100,6 +106,10 @@ def test_what_was_left_out_is_reported(tmp_path):
         tmp_path / "p",
         said.append,
     )
+    # Counted are the pairs that are kept.
+    english = [*HEADS[0], *(s[1] for s in sentences()[:58]), *HEADS[1]]
+    english += [s[1] for s in sentences()[58:]]
+    assert without_bpe(tmp_path / "p" / "valid.en") == [tokenized(s) for s in english[22::23]]
     report = "\n".join(said)
     assert "127 training pairs: 124 kept, 3 left out as empty (2)" in report
     assert "test: 10 pairs" in report
@@ -124,8 +134,8 @@ def test_merges_are_learned_on_both_sides_of_the_training_split(folder):
     assert len(lines(folder / "code")) > 50
 
 
-def test_lines_of_unicode_separators_stay_whole(tmp_path):
-    odd = [("Ein\u2028Satz und noch ein\x85Satz.", "A\u2028sentence and another\x85one.")]
+def test_only_a_newline_ends_a_line(tmp_path):
+    odd = [("Ein\u2028Satz und\rnoch ein\x85Satz.", "A\u2028sentence and another\x85one.")]
     prepare(write_archive(tmp_path / "a.tgz", members(train=odd * 3 + sentences())),
             tmp_path / "p", print)  # fmt: skip
     data = build_pair_source("iwslt14", root=str(tmp_path / "p")).load()
@@ -224,6 +234,16 @@ class TestBadInput:
         kept = [line for i, line in enumerate(lines(folder / "test.en")) if i not in (0, 2)]
         assert data.references["test"] == kept
         assert len(data.splits["test"]) == 8
+
+    def test_a_carriage_return_ends_no_line(self, folder, tmp_path):
+        def returned(content):
+            return content.replace(b" ", b" \r ", 3).replace(b"\n", b"\r\n")
+
+        data = spoil(folder, tmp_path, "test.de", returned).load()
+        whole = build_pair_source("iwslt14", root=str(folder)).load()
+        assert data.splits["test"].source.tokens.tolist() == (
+            whole.splits["test"].source.tokens.tolist()
+        )
 
     def test_long_sentences_are_left_out_of_training_only_and_counted(self, folder):
         sizes = [

@@ -103,10 +103,10 @@ def test_resume_from_a_given_checkpoint(tmp_path, monkeypatch):
     assert checkpoint["position"]["best_update"] == 2
     checkpoint["position"]["best"] = 99.0  # out of reach, but its weights stay in `first`
     save_checkpoint(path, checkpoint)
-    for path in (path, path.parent):
+    for given in (path, path.parent):
         shutil.rmtree(second, ignore_errors=True)
         run_quietly(
-            tiny_config(second, "trainer.updates=6", f"resume={path}", "trainer.report=best")
+            tiny_config(second, "trainer.updates=6", f"resume={given}", "trainer.report=best")
         )
         assert_same(state(second)["model"], state(whole)["model"])
         assert history(second) == [entry for entry in history(whole) if entry["update"] > 3]

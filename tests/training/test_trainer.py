@@ -170,6 +170,11 @@ def nan_in_parameter(task):
         task.model[2].weight[0, 1] = float("nan")
 
 
+def infinity_in_buffer(task):
+    task.model[0].register_buffer("shift", torch.tensor([0.0, float("-inf")]))
+    task.model[0].register_forward_hook(lambda module, _, output: output + module.shift[1])
+
+
 def infinity_in_input(task):
     task.train_loader.given[0][0][2, 1] = float("inf")
 
@@ -198,6 +203,7 @@ def infinity_in_scalar_gradient(task):
     ("spoil", "culprit"),
     [
         (nan_in_parameter, r"parameter 2\.weight \(1 of its 4 entries\)"),
+        (infinity_in_buffer, r"buffer 0\.shift \(1 of its 2 entries\)"),
         (infinity_in_input, r"input 0 \(1 of its 12 entries\)"),
         (nan_in_forward, r"output of 1 \(4 of its 16 entries\)"),
         (infinity_in_loss, "no single tensor: the loss itself overflows"),
