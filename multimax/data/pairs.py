@@ -76,8 +76,7 @@ class PairSource(ABC):
     Args:
         source: language to translate from, "de" or "en".
         target: the other one.
-        max_length: training pairs with more tokens on a side are left out; the end of
-            sentence is one of them.
+        max_length: training pairs with more tokens on a side, its end included, are left out.
 
     Raises:
         ValueError: an option is out of range.

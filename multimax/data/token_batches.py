@@ -120,7 +120,7 @@ class TokenTrainLoader:
 
     The lengths of the batches are the same in every epoch; which of the equally long pairs come
     together, and the order of the batches, depend on seed and epoch alone. Of the batches that do
-    not share evenly over the ranks, other ones are left out in every epoch.
+    not share evenly over the ranks, `left_over` others are left out in every epoch.
 
     Args:
         pairs: the training split.
@@ -160,6 +160,11 @@ class TokenTrainLoader:
                 f"{len(pairs)} training pairs give {len(self.cuts)} batches of {max_tokens} tokens "
                 f"for {world_size} process(es): use a smaller trainer.batch_size"
             )
+
+    @property
+    def left_over(self) -> int:
+        """Batches of an epoch that no rank gets."""
+        return len(self.cuts) % self.world_size
 
     def __len__(self) -> int:
         return len(self.cuts) // self.world_size

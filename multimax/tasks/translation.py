@@ -75,7 +75,7 @@ class Translation(Task):
         model = build_translation_model(config, self.data.languages)
         self.model: TranslationModel = model  # pyright: ignore[reportIncompatibleVariableOverride]
         options = config.trainer
-        self.train_loader = TokenTrainLoader(
+        loader = TokenTrainLoader(
             self.data.splits["train"],
             options.batch_size // (world_size * options.accumulation),
             rank,
@@ -83,6 +83,7 @@ class Translation(Task):
             device,
             config.seed,
         )
+        self.train_loader, self.batches_left_over = loader, loader.left_over
         self.eval_batch_size = options.eval_batch_size
         self.rank, self.world_size, self.device = rank, world_size, device
         self.label_smoothing = config.loss.label_smoothing
@@ -98,6 +99,8 @@ class Translation(Task):
             for split, counts in data.left_out.items()
             for reason, count in counts.items()
         ]
+        if self.batches_left_over:
+            left_out.append(f"{self.batches_left_over} batches of an epoch, each time others")
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         encoder = cast(Any, self.model.encoder.layers[0])
         decoder = cast(Any, self.model.decoder.layers[0])

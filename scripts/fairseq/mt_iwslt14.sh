@@ -2,15 +2,15 @@
 # IWSLT14 German to English with fairseq's transformer_iwslt_de_en (39.5 M parameters).
 #
 #   scripts/fairseq/mt_iwslt14.sh IWSLT [ATTENTION [OUTPUT [ARGUMENT...]]]
-#   scripts/fairseq/mt_iwslt14.sh /data/iwslt14.tokenized.de-en                # MultiMax
-#   scripts/fairseq/mt_iwslt14.sh /data/iwslt14.tokenized.de-en softmax        # the baseline
-#   scripts/fairseq/mt_iwslt14.sh /data/iwslt14.tokenized.de-en multimax softmax \
+#   scripts/fairseq/mt_iwslt14.sh /data/iwslt14                                # MultiMax
+#   scripts/fairseq/mt_iwslt14.sh /data/iwslt14 softmax                        # the baseline
+#   scripts/fairseq/mt_iwslt14.sh /data/iwslt14 multimax softmax \
 #       --cross-attention-normalizer softmax
 #
-# IWSLT holds {train,valid,test}.{de,en}, tokenized and split by BPE, as fairseq's
-# prepare-iwslt14.sh writes them. ATTENTION is multimax where it is not given, OUTPUT is ATTENTION;
-# further arguments go to fairseq-train. Needs fairseq (see requirements/fairseq.txt) and one GPU.
-# DRY_RUN=1 prints the commands and runs none. Results go to outputs/fairseq/.
+# IWSLT holds {train,valid,test}.{de,en}, tokenized and split by BPE, as scripts/prepare_iwslt14.py
+# writes them. ATTENTION is multimax where it is not given, OUTPUT is ATTENTION; further arguments
+# go to fairseq-train. Needs fairseq (see requirements/fairseq.txt) and one GPU. DRY_RUN=1 prints
+# the commands and runs none. Results go to outputs/fairseq/.
 #
 # Expected: not run yet.
 set -euo pipefail

@@ -8,7 +8,6 @@ from tiny_iwslt14 import TESTS, members, sentences, write_archive
 from multimax.data.pairs import build_pair_source
 from scripts.prepare_iwslt14 import is_clean, prepare, segments, training_text
 
-
 # Title and description of both talks are text too, as in fairseq.
 HEADS = [[f"Speaker{n}: A Talk{n}", f"About Talk{n}"] for n in (1, 2)]
 

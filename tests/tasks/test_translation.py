@@ -209,6 +209,10 @@ def test_what_is_said_before_training(build):
     assert said["data"].endswith("40 valid, 40 test pairs, vocabularies of 400 and 400")
     assert said["left out"].endswith("train longer than 20 tokens")
     assert build().describe()["left out"] == "nothing"
+    shared = build("trainer.batch_size=600", world_size=2)
+    left = len(build("trainer.batch_size=300").train_loader) - 2 * len(shared.train_loader)
+    assert left == 1
+    assert shared.describe()["left out"] == "1 batches of an epoch, each time others"
     assert said["output"].startswith("SoftMax(")
 
 

@@ -1,9 +1,9 @@
 import io
 import json
-import time
 import logging
 import re
 import sys
+import time
 import types
 
 import pytest

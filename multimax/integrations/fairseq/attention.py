@@ -53,7 +53,7 @@ class NormalizedAttention(MultiheadAttention):
             return self.normalizer.modulate(attn_weights)
         return attn_weights
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(
         self,
         query: Tensor,
         key: Tensor | None,

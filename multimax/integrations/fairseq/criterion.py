@@ -51,14 +51,14 @@ class OutputLoss(FairseqCriterion):
         Raises:
             ValueError: the output layer has no normalizer, or the loss has no such option.
         """
-        output = decoder_output(model.decoder)  # pyright: ignore[reportArgumentType]
+        output = decoder_output(model.decoder)
         if not isinstance(output, NormalizedOutput | NormalizedAdaptiveSoftmax):
             raise ValueError(
                 "multimax_output_loss is for an output normalizer other than plain softmax: use "
                 "fairseq's own criterion, or choose --output-normalizer"
             )
         features = model(**sample["net_input"], features_only=True)
-        target = model.get_targets(sample, features)  # pyright: ignore[reportCallIssue]
+        target = model.get_targets(sample, features)
         loss = output.loss(features[0], target, self.label_smoothing, self.padding_idx)
         sample_size = target.size(0) if self.sentence_avg else sample["ntokens"]
         logged = {

@@ -56,7 +56,7 @@ class NormalizedModel:
     @classmethod
     def build_model(cls, args: Any, task: Any) -> nn.Module:
         """The stock model of a seed, weight by weight, with the normalizers of `args`."""
-        model = super().build_model(args, task)  # pyright: ignore[reportAttributeAccessIssue]
+        model = super().build_model(args, task)
         install_normalizers(model, args)
         return model
 
@@ -72,7 +72,7 @@ class NormalizedModel:
             raise ValueError(
                 "the perplexity of a sparse output is not defined: fairseq-validate gives its loss"
             )
-        return super().get_normalized_probs(net_output, log_probs, sample)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().get_normalized_probs(net_output, log_probs, sample)
 
 
 def install_normalizers(model: nn.Module, args: Any) -> None:
@@ -92,7 +92,7 @@ def install_normalizers(model: nn.Module, args: Any) -> None:
             plain_incremental = mismatch and place == "decoder"
             normalize_attention(attention, chosen[place], plain_incremental)
             used[place] = chosen[place]
-        normalize_output(model.decoder, chosen["output"])  # pyright: ignore[reportArgumentType]
+        normalize_output(model.decoder, chosen["output"])
         used["output"] = chosen["output"]
     shown = ", ".join(f"{place} {format_normalizer(options)}" for place, options in used.items())
     logger.info(f"normalizers: {shown}" + (", official mismatch" if mismatch else ""))

@@ -42,7 +42,7 @@ def normalize_output(decoder: nn.Module, normalizer: Mapping[str, Any]) -> None:
 def decoder_output(decoder: nn.Module) -> nn.Module:
     """The output layer of a decoder."""
     adaptive = getattr(decoder, "adaptive_softmax", None)
-    return decoder.output_projection if adaptive is None else adaptive  # pyright: ignore[reportReturnType]
+    return decoder.output_projection if adaptive is None else adaptive
 
 
 def has_likelihood(output: nn.Module) -> bool:
