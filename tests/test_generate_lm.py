@@ -1,3 +1,5 @@
+import io
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -126,18 +128,28 @@ def test_number_of_tokens_and_options_reach_the_sampler(trained, monkeypatch):
     }  # fmt: skip
 
 
-def test_text_is_printed_as_it_is_sampled(trained, monkeypatch, capsys):
-    seen = []
+class Terminal(io.StringIO):
+    """Shows what was flushed."""
+
+    shown = ""
+
+    def flush(self):
+        self.shown = self.getvalue()
+
+
+def test_text_is_printed_as_it_is_sampled(trained, monkeypatch):
+    seen, terminal = [], Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
     _, vocabulary = generate_lm.load(trained)
 
     def sample(*_, **__):
         for token in vocabulary.encode("xyz"):
             yield token
-            seen.append(capsys.readouterr().out)
+            seen.append(terminal.shown)
 
     monkeypatch.setattr(generate_lm, "sample", sample)
     main(["lm", str(trained), "a"])
-    assert seen == ["ax", "y", "z"]
+    assert seen == ["ax", "axy", "axyz"]
 
 
 def test_checkpoints_of_a_run(trained, capsys):
