@@ -35,7 +35,6 @@ COLUMNS: tuple[str, ...] = (
     "seeds",
     "minus SoftMax",
     "95 % CI",
-    "minutes",
 )
 
 
@@ -73,8 +72,6 @@ def _row(
     cells["top-1 %"], cells["seeds"] = f"{mean:.2f}", str(len(runs))
     if len(runs) > 1:
         cells["sd"] = f"{deviation:.2f}"
-    minutes, _ = mean_and_deviation([run["training_seconds"] / 60 for run in runs])
-    cells["minutes"] = f"{minutes:.1f}"
     difference = paired_difference(top1, baseline)
     if difference and experiment != BASELINE:
         cells["minus SoftMax"] = f"{difference[0]:+.2f}"
@@ -84,7 +81,12 @@ def _row(
 
 def markdown(table: list[dict[str, str]], caption: str) -> str:
     """The table as Markdown."""
-    lines = [caption, "", "| " + " | ".join(COLUMNS) + " |", "| " + " | ".join(["---"] * 8) + " |"]
+    lines = [
+        caption,
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "| " + " | ".join(["---"] * len(COLUMNS)) + " |",
+    ]
     lines += ["| " + " | ".join(row[column] for column in COLUMNS) + " |" for row in table]
     return "\n".join(lines) + "\n"
 
@@ -98,7 +100,7 @@ def latex(table: list[dict[str, str]], caption: str) -> str:
         )
 
     body = [line([row[column] for column in COLUMNS]) for row in table]
-    head = [f"% {caption}", r"\begin{tabular}{llrrrrrr}", r"\toprule", line(list(COLUMNS))]
+    head = [f"% {caption}", r"\begin{tabular}{llrrrrr}", r"\toprule", line(list(COLUMNS))]
     return "\n".join([*head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
