@@ -3,7 +3,6 @@
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -91,9 +90,16 @@ RECIPES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _python(tmp_path, monkeypatch):
+    """A `python` that prints the folder of the plug-in without importing PyTorch first."""
+    (tmp_path / "python").write_text(f"#!/bin/sh\necho {USER_DIR}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
 def commands(script, *arguments):
     environment = os.environ | {"DRY_RUN": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     line = [SCRIPTS / f"{script}.sh", *arguments]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
     return [shlex.split(command) for command in done.stdout.splitlines()]
