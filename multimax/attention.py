@@ -1,13 +1,23 @@
 """Scaled dot-product attention over any normalizer: scale, modulate, mask, normalize, dropout."""
 
 import math
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimax.normalizers import Normalizer
-from multimax.normalizers.base import check_mask
+from multimax.kernels import rows
+from multimax.kernels.backend import check_backend, chosen_backend
+from multimax.kernels.blockwise import blockwise_attention
+from multimax.normalizers import ModulatedSoftMax, Normalizer
+from multimax.normalizers.base import check_mask, to_compute_precision
+from multimax.normalizers.modulated import modulated_softmax
+
+LARGEST_TRITON_HEAD = 128
 
 
 def attention(
@@ -19,29 +29,56 @@ def attention(
     causal: bool = False,
     dropout: float = 0.0,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """`normalizer(scale * query key^T) value`; masks act after the normalizer's modulation.
 
     Args:
         query: (..., queries, head_dim).
-        key: (..., keys, head_dim).
-        value: (..., keys, value_dim).
+        key: (..., keys, head_dim). With (..., heads, queries, head_dim) for the query, it may have
+            fewer heads, of which each serves as many consecutive query heads (grouped heads).
+        value: (..., keys, value_dim), with the heads of `key`.
         normalizer: maps scores (..., queries, keys) to probabilities over the keys.
         mask: bool, broadcastable to (..., queries, keys), True where a key may be attended.
         causal: let query i attend to keys up to i + keys - queries, so that the last query sees
             all keys, as in incremental decoding. Combines with `mask`.
         dropout: in [0, 1), applied to the probabilities; pass 0 in evaluation.
         scale: factor on the scores; None is 1 / sqrt(head_dim).
+        backend: see `multimax.kernels.backend.use_backend`, whose choice None takes. "auto" calls
+            the normalizer (and so its hooks) unless it can be fused.
 
     Returns:
         (..., queries, value_dim); zeros for a query that may attend to nothing.
 
     Raises:
-        ValueError: `mask` is not boolean.
+        ValueError: `mask` is not boolean, the heads of query and key do not fit together, or
+            `backend` is unknown or cannot compute this.
     """
     check_mask(mask)
     if scale is None:
         scale = 1 / math.sqrt(query.size(-1))
+    kernel = _choose(backend or chosen_backend(), query, key, value, normalizer)
+    if kernel is None:
+        key, value = _repeat_heads(query, key, value)
+        return eager_attention(query, key, value, normalizer, mask, causal, dropout, scale)
+    q, k, v, mask = _four_dimensions(query, key, value, mask)
+    dtype = to_compute_precision(query[:0]).dtype
+    coefficients = cast(ModulatedSoftMax, normalizer).coefficients(dtype, query.device)
+    out = kernel(q, k, v, coefficients, mask, causal, dropout, scale)
+    return out.reshape(*query.shape[:-1], value.size(-1))
+
+
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    normalizer: Callable[..., Tensor],
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+) -> Tensor:
+    """The definition of `attention`, with its arguments; query and key have the same heads."""
     scores = (query * scale) @ key.transpose(-2, -1)
     if causal:
         allowed = causal_mask(query.size(-2), key.size(-2), query.device)
@@ -53,3 +90,95 @@ def attention(
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
     """(queries, keys) bool, True where query i may attend: keys up to i + keys - queries."""
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _choose(
+    name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: Normalizer
+) -> Callable[..., Tensor] | None:
+    """The kernel for this attention, None for the definition; ValueError if `name` cannot do it."""
+    check_backend(name)
+    if name == "eager":
+        return None
+    if name == "auto":
+        # Hooks want to see the scores and the probabilities, which a kernel never holds.
+        if normalizer._forward_hooks or normalizer._forward_pre_hooks:
+            return None
+        name = "triton" if query.device.type == "cuda" else "blockwise"
+        return None if _obstacle(name, query, key, value, normalizer) else _KERNELS[name]
+    obstacle = _obstacle(name, query, key, value, normalizer)
+    if obstacle:
+        raise ValueError(f"backend {name!r} cannot compute this attention: {obstacle}")
+    return _KERNELS[name]
+
+
+def _obstacle(
+    name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: Normalizer
+) -> str | None:
+    """Why a kernel cannot compute an attention; None if it can."""
+    if not isinstance(normalizer, ModulatedSoftMax) or not normalizer.fusible:
+        return f"{normalizer} is no SoftMax of scores with a modulator of order <= 2"
+    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}"
+    if name == "blockwise":
+        return rows.obstacle(query)
+    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {query.device}, it runs on CUDA"
+    widest = max(query.size(-1), value.size(-1))
+    if widest > LARGEST_TRITON_HEAD or query.size(-1) != value.size(-1):
+        return (
+            f"head dimensions are {query.size(-1)} and {value.size(-1)}, it takes equal ones of up "
+            f"to {LARGEST_TRITON_HEAD}"
+        )
+    return None if find_spec("triton") else "Triton is not installed: pip install triton"
+
+
+def _blockwise(q, k, v, coefficients, mask, causal, dropout, scale) -> Tensor:
+    def reference(q, k, v, coefficients):
+        def normalizer(scores, mask):
+            return modulated_softmax(scores, coefficients, -1, mask)
+
+        k, v = _repeat_heads(q, k, v)
+        return eager_attention(q, k, v, normalizer, mask, causal, 0.0, scale)
+
+    return blockwise_attention(q, k, v, coefficients, mask, causal, dropout, scale, reference)
+
+
+def _triton(q, k, v, coefficients, mask, causal, dropout, scale) -> Tensor:
+    from multimax.kernels.triton_attention import triton_attention  # not everyone has Triton
+
+    return triton_attention(q, k, v, coefficients, mask, causal, dropout, scale)
+
+
+_KERNELS = {"blockwise": _blockwise, "triton": _triton}
+
+
+def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for every query head."""
+    if query.dim() < 3 or key.dim() < 3 or key.size(-3) in (1, query.size(-3)):
+        return key, value  # the same heads, or one for all of them
+    repeats, rest = divmod(query.size(-3), key.size(-3))
+    if rest or value.size(-3) != key.size(-3):
+        raise ValueError(
+            f"query has {query.size(-3)} heads, key {key.size(-3)} and value {value.size(-3)}: the "
+            "heads of key and value must be the same number, which divides those of query"
+        )
+    return key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+
+
+def _four_dimensions(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Tensors of (batch, heads, tokens, dim), as the kernels take them, and their mask."""
+    if query.dim() == key.dim() == value.dim() == 4 and query.size(0) == key.size(0):
+        _repeat_heads(query[:0], key[:0], value[:0])  # for its check of the heads
+        return query, key, value, mask
+    key, value = _repeat_heads(query, key, value)
+    leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+    if mask is not None:
+        mask = mask.expand(*leading, query.size(-2), key.size(-2))
+    tensors = [t.expand(*leading, *t.shape[-2:]) for t in (query, key, value)]
+    while tensors[0].dim() < 4:
+        tensors = [t.unsqueeze(0) for t in tensors]
+        mask = mask if mask is None else mask.unsqueeze(0)
+    query, key, value = (t.flatten(0, -4) for t in tensors)
+    return query, key, value, mask if mask is None else mask.flatten(0, -4)

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = [
     "experiment=mt_multimax", "model.embed_dim=32", "model.ffn_dim=32", "model.num_heads=2",
     "model.encoder_depth=1", "model.decoder_depth=2", "model.dropout=0", "loss.label_smoothing=0",
-    "data.vocabulary_size=320", "data.max_length=40", "trainer.epochs=null", "trainer.updates=150",
-    "trainer.evaluate_every=150", "trainer.batch_size=1024", "optimizer.lr=1e-2",
+    "data.vocabulary_size=320", "data.max_length=40", "trainer.epochs=null", "trainer.updates=250",
+    "trainer.evaluate_every=250", "trainer.batch_size=1024", "optimizer.lr=1e-2",
     "schedule.warmup=10", "logger.wandb=disabled",
 ]  # fmt: skip
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from multimax.normalizers.base import LogitNormalizer, ModulatedSoftMax, Normalizer
+from multimax.normalizers.base import LogitNormalizer, Normalizer
 from multimax.normalizers.entmax import EntMax, EntMax15, entmax, entmax15
 from multimax.normalizers.evsoftmax import EvSoftMax, evsoftmax
-from multimax.normalizers.multimax import MultiMax, modulate, modulate_derivative, multimax
+from multimax.normalizers.modulated import ModulatedSoftMax, modulate, modulate_derivative
+from multimax.normalizers.multimax import MultiMax, multimax
 from multimax.normalizers.softmax import SoftMax, softmax
 from multimax.normalizers.sparsemax import SparseMax, sparsemax
 from multimax.normalizers.topk import TopK, topk

@@ -64,18 +64,3 @@ class LogitNormalizer(Normalizer):
     @abstractmethod
     def logits(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         """Logits (fp32 or wider) whose SoftMax is the distribution trained with cross-entropy."""
-
-
-class ModulatedSoftMax(LogitNormalizer):
-    """SoftMax of scores that are first changed one by one: the form that fused kernels accept."""
-
-    @abstractmethod
-    def modulate(self, scores: Tensor) -> Tensor:
-        """Element-wise modulated scores, in compute precision (fp32 or wider)."""
-
-    def logits(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
-        return self.modulate(scores)
-
-    def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
-        check_mask(mask)
-        return masked_softmax(self.modulate(scores), dim, mask).to(scores.dtype)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from multimax.kernels import rows
 from multimax.normalizers.base import (
     Normalizer,
     check_mask,
@@ -52,6 +53,8 @@ def entmax(
         check_alpha(alpha)
         if alpha == 1:
             return masked_softmax(x, dim, mask).to(scores.dtype)
+        if alpha in (1.5, 2) and rows.usable(x):
+            return rows.threshold(x, alpha == 1.5, dim, mask).to(scores.dtype)
     if mask is not None:
         x = x.masked_fill(~mask, -math.inf)
     return _EntMax.apply(x, alpha, dim).to(scores.dtype)

@@ -3,72 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from multimax.normalizers.base import (
+from multimax.kernels import rows
+from multimax.normalizers.base import check_mask, masked_softmax, to_compute_precision
+from multimax.normalizers.modulated import (
     ModulatedSoftMax,
-    check_mask,
-    masked_softmax,
-    to_compute_precision,
+    modulate,
+    modulate_derivative,
+    modulated_softmax,
 )
-
-
-def modulate(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
-    """The modulator sigma of MultiMax, element by element.
-
-        sigma(x) = x + sum_{n=1..N} [ (1 - t_bn) max(b_n - x, 0)^n + (t_dn - 1) max(x - d_n, 0)^n ]
-
-    Args:
-        scores: real, any shape; fp16 and bf16 are computed in fp32.
-        ts: (2N,), `[1 - t_b1, t_d1 - 1, 1 - t_b2, t_d2 - 1, ...]`; all zeros is the identity.
-        ranges: (2N,), `[b_1, d_1, b_2, d_2, ...]`, in units of the scores.
-
-    Returns:
-        Modulated scores of the shape of `scores`, in fp32 or wider.
-
-    Raises:
-        ValueError: `ts` and `ranges` are not vectors of the same even length.
-
-    Source: Zhou et al., MultiMax, ICML 2024, arXiv 2406.01189 (first and second order).
-    """
-    if ts.shape != ranges.shape or ts.dim() != 1 or ts.numel() % 2 or not ts.numel():
-        raise ValueError(
-            "ts and ranges must be vectors of one even length 2N (N = order), "
-            f"got shapes {tuple(ts.shape)} and {tuple(ranges.shape)}"
-        )
-    x = to_compute_precision(scores)
-    ts, ranges = ts.to(x.dtype), ranges.to(x.dtype)
-    modulated = x
-    for n in range(1, ts.numel() // 2 + 1):
-        low, high = 2 * n - 2, 2 * n - 1
-        below = _power(torch.relu(ranges[low] - x), n)
-        above = _power(torch.relu(x - ranges[high]), n)
-        modulated = modulated + ts[low] * below + ts[high] * above
-    return modulated
-
-
-def modulate_derivative(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
-    """d sigma / d x at `scores`, in fp32 or wider. Where it is negative, the order of scores flips.
-
-    Arguments, shapes and source are those of `modulate`; at a kink, the derivative of ReLU is 0.
-    """
-    x = to_compute_precision(scores)
-    ts, ranges = ts.to(x.dtype), ranges.to(x.dtype)
-    slope = torch.ones_like(x)
-    for n in range(1, ts.numel() // 2 + 1):
-        low, high = 2 * n - 2, 2 * n - 1
-        below, above = ranges[low] - x, x - ranges[high]
-        slope = slope - ts[low] * n * _power(below, n - 1) * (below > 0)
-        slope = slope + ts[high] * n * _power(above, n - 1) * (above > 0)
-    return slope
-
-
-def _power(base: Tensor, exponent: int) -> Tensor:
-    # Repeated multiplication: `**` is `pow`, which autocast moves to fp32 and which is slower.
-    if exponent == 0:
-        return torch.ones_like(base)
-    result = base
-    for _ in range(exponent - 1):
-        result = result * base
-    return result
 
 
 def multimax(
@@ -93,7 +35,17 @@ def multimax(
     Source: Zhou et al., MultiMax, ICML 2024, arXiv 2406.01189.
     """
     check_mask(mask)
-    return masked_softmax(modulate(scores, ts, ranges), dim, mask).to(scores.dtype)
+    x = to_compute_precision(scores)
+    if rows.usable(x) and ts.shape == ranges.shape and ts.numel() in (2, 4) and ts.dim() == 1:
+        coefficients = torch.cat([_identity(ts), ts, ranges]).to(x.dtype)
+        p = rows.modulated_softmax(x, coefficients, dim, mask, modulated_softmax)
+        return p.to(scores.dtype)
+    return masked_softmax(modulate(x, ts, ranges), dim, mask).to(scores.dtype)
+
+
+def _identity(like: Tensor) -> Tensor:
+    """Scale 1 and shift 0, made without a copy from the host."""
+    return (torch.arange(2, device=like.device) == 0).to(like.dtype)
 
 
 class MultiMax(ModulatedSoftMax):
@@ -168,6 +120,16 @@ class MultiMax(ModulatedSoftMax):
             return scores
         x = to_compute_precision(scores)
         return self.scale.to(x.dtype) * x + self.shift.to(x.dtype)
+
+    @property
+    def fusible(self) -> bool:
+        return self.order <= rows.MOST_ORDER
+
+    def coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        scale, shift = (
+            (self.scale, self.shift) if self.affine else self.ts.new_tensor([[1.0], [0.0]])
+        )
+        return torch.cat([scale, shift, self.ts, self.ranges]).to(device, dtype)
 
     def modulate(self, scores: Tensor) -> Tensor:
         return modulate(self._transform(scores), self.ts, self.ranges)

@@ -5,12 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from multimax.normalizers.base import (
-    ModulatedSoftMax,
-    check_mask,
-    masked_softmax,
-    to_compute_precision,
-)
+from multimax.normalizers.base import check_mask, masked_softmax, to_compute_precision
+from multimax.normalizers.modulated import ModulatedSoftMax
 
 
 def softmax(
@@ -69,6 +65,18 @@ class SoftMax(ModulatedSoftMax):
         if self.fixed_temperature is not None:
             return self.fixed_temperature
         return self.log_temperature.exp()
+
+    @property
+    def fusible(self) -> bool:
+        return True
+
+    def coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self.fixed_temperature is None:
+            scale = torch.exp(-self.log_temperature.to(device, dtype))
+            return torch.cat([scale, torch.zeros_like(scale)])
+        coefficients = torch.zeros(2, dtype=dtype, device=device)
+        coefficients[0].fill_(1 / self.fixed_temperature)  # without a copy from the host
+        return coefficients
 
     def modulate(self, scores: Tensor) -> Tensor:
         return _scale(scores, self.temperature)

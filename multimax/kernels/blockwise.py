@@ -1,0 +1,179 @@
+"""Attention on the CPU by `csrc/attention.c`, a tile of queries at a time.
+
+No queries x keys matrix is ever held: the forward pass keeps two numbers per row, from which the
+backward pass computes the probabilities again. Memory grows linearly with the sequence.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimax.kernels import compiled
+from multimax.kernels.rows import contiguous_rows, order_of
+
+
+def blockwise_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+    reference: Callable[..., Tensor],
+) -> Tensor:
+    """Attention with SoftMax of sigma(a * scale * query key^T + c), [a, c, ...] = coefficients.
+
+    Args:
+        query: (batch, heads, queries, head_dim), fp32, fp64 or half (computed in fp32).
+        key: (batch, key_heads, keys, head_dim), heads a multiple of key_heads.
+        value: (batch, key_heads, keys, value_dim).
+        coefficients: (2 + 4 N,), `[scale, shift, ts, ranges]`, N = 0, 1 or 2.
+        mask: bool, broadcastable to (batch, heads, queries, keys), or None.
+        causal, dropout, scale: as in `multimax.attention.attention`.
+        reference: `(query, key, value, coefficients) -> Tensor`, the same in differentiable
+            operations but without dropout; for derivatives of derivatives.
+
+    Returns:
+        (batch, heads, queries, value_dim).
+    """
+    seed = torch.randint(2**62, (1,)) if dropout > 0 else None
+    return _Attention.apply(
+        query, key, value, coefficients, mask, seed, causal, dropout, scale, reference
+    )
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, query, key, value, coefficients, mask, seed, causal, dropout, scale, reference
+    ):
+        options = (mask, seed, causal, dropout, scale)
+        out, statistics = torch.ops.multimax.attention_forward(
+            query, key, value, coefficients, *options
+        )
+        ctx.save_for_backward(query, key, value, coefficients, mask, seed, out, statistics)
+        ctx.options, ctx.reference = options[2:], reference
+        return out
+
+    @staticmethod
+    def backward(ctx, grad) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, coefficients, mask, seed, out, statistics = ctx.saved_tensors
+        inputs = (query, key, value, coefficients)
+        if torch.is_grad_enabled():
+            grads = _by_reference(ctx.reference, inputs, grad, dropout=ctx.options[1])
+        else:
+            learned = ctx.needs_input_grad[3]
+            grads = torch.ops.multimax.attention_backward(
+                *inputs, mask, seed, *ctx.options, out, statistics, grad, learned
+            )
+        return *grads, None, None, None, None, None, None
+
+
+def _by_reference(reference, inputs, grad, dropout) -> list[Tensor | None]:
+    if dropout > 0:
+        raise RuntimeError(
+            "second derivatives of attention with dropout need `with use_backend('eager')`"
+        )
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(torch.autograd.grad(reference(*inputs), wanted, grad, create_graph=True))
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+
+@torch.library.custom_op("multimax::attention_forward", mutates_args=())
+def _attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (_for_kernel(tensor) for tensor in (query, key, value))
+    out = q.new_empty(*q.shape[:-1], v.size(-1))
+    statistics = q.new_empty(*q.shape[:-1], 2)
+    task = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
+    task.out, task.statistics = out.data_ptr(), statistics.data_ptr()
+    compiled.call(q.dtype, "attention_forward", task)
+    return out.to(query.dtype), statistics
+
+
+@_attention_forward.register_fake
+def _(query, key, value, coefficients, mask, seed, causal, dropout, scale):
+    statistics = coefficients.new_empty(*query.shape[:-1], 2)
+    return query.new_empty(*query.shape[:-1], value.size(-1)), statistics
+
+
+@torch.library.custom_op("multimax::attention_backward", mutates_args=())
+def _attention_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+    out: Tensor,
+    statistics: Tensor,
+    grad: Tensor,
+    learned: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, d_out = (_for_kernel(tensor) for tensor in (query, key, value, grad))
+    of_out = _for_kernel(out).contiguous()
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
+    sums = torch.zeros(coefficients.shape, dtype=torch.float64)
+    task = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
+    task.out, task.statistics = of_out.data_ptr(), statistics.data_ptr()
+    task.d_out, task.d_out_strides = d_out.data_ptr(), _strides(d_out)
+    task.d_query, task.d_key, task.d_value = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    if learned:
+        task.sums = sums.data_ptr()
+    compiled.call(q.dtype, "attention_backward", task)
+    sums[0] *= scale
+    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), sums.to(coefficients.dtype)
+
+
+@_attention_backward.register_fake
+def _(query, key, value, coefficients, *_):
+    like = torch.contiguous_format
+    grads = (torch.empty_like(t, memory_format=like) for t in (query, key, value, coefficients))
+    return tuple(grads)
+
+
+def _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale) -> Any:
+    """The attention for the kernels, but for what it writes; holds on to what is made here."""
+    folded = coefficients.clone()
+    folded[0] *= scale
+    task = compiled.Attention(
+        batch=q.size(0), heads=q.size(1), key_heads=k.size(1), queries=q.size(2), keys=k.size(2),
+        dim=q.size(3), value_dim=v.size(3),
+        query=q.data_ptr(), key=k.data_ptr(), value=v.data_ptr(),
+        query_strides=_strides(q), key_strides=_strides(k), value_strides=_strides(v),
+        causal=causal, dropout=dropout, seed=0 if seed is None else int(seed),
+        threads=torch.get_num_threads(), order=order_of(coefficients),
+        coefficients=folded.data_ptr(),
+    )  # fmt: skip
+    task.held = [folded]
+    if mask is not None:
+        mask = contiguous_rows(mask.expand(*q.shape[:3], k.size(2)))
+        task.mask, task.mask_strides = mask.data_ptr(), _strides(mask)
+        task.held.append(mask)
+    return task
+
+
+def _strides(tensor: Tensor) -> Any:
+    return tensor.stride()[:3]
+
+
+def _for_kernel(tensor: Tensor) -> Tensor:
+    """fp32 or fp64, with stride 1 in the last dimension."""
+    tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -1,0 +1,182 @@
+"""The C kernels in `csrc/`: compiled when they are first needed, then kept on disk.
+
+They need a C compiler (`CC`, else `cc`, `gcc` or `clang`) and no header but C's own; it takes about
+two seconds. Without one, everything runs on torch operations, and `unavailable()` says why.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Whatever speeds up loops without changing how infinities and NaN are treated.
+FLAGS = ["-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+# What a compiler may not know is left out, in this order. OpenMP is that of torch, in its process.
+OPTIONAL = (["-march=native", "-fopenmp"], ["-march=native"], [])
+
+
+def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+_POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_STRIDES = ctypes.c_int64 * 3
+# The structures of csrc, which explains their fields.
+Rows = _structure(
+    "Rows",
+    **dict.fromkeys(("outer", "heads", "queries", "columns"), _INT64),
+    mask=_POINTER,
+    **dict.fromkeys(("mask_outer", "mask_head", "mask_query", "threads"), _INT64),
+)
+Target = _structure(
+    "Target",
+    **dict.fromkeys(("target", "soft", "weight"), _POINTER),
+    smoothing=ctypes.c_double,
+    **dict.fromkeys(("ignored", "gradient"), _INT64),
+)
+Attention = _structure(
+    "Attention",
+    **dict.fromkeys(("batch", "heads", "key_heads", "queries", "keys", "dim", "value_dim"), _INT64),
+    **dict.fromkeys(("query", "key", "value", "out", "d_out"), _POINTER),
+    **dict.fromkeys(("query_strides", "key_strides", "value_strides", "d_out_strides"), _STRIDES),
+    **dict.fromkeys(("statistics", "d_query", "d_key", "d_value", "mask"), _POINTER),
+    mask_strides=_STRIDES,
+    causal=_INT64,
+    seed=ctypes.c_uint64,
+    dropout=ctypes.c_double,
+    **dict.fromkeys(("threads", "order"), _INT64),
+    **dict.fromkeys(("coefficients", "sums"), _POINTER),
+)
+
+_ROWS, _TARGET, _ATTENTION = map(ctypes.POINTER, (Rows, Target, Attention))
+SIGNATURES = {
+    "softmax_forward": [_ROWS, _INT, *[_POINTER] * 3],
+    "softmax_backward": [_ROWS, _INT, *[_POINTER] * 6],
+    "threshold_forward": [_ROWS, _INT, *[_POINTER] * 2],
+    "threshold_backward": [_ROWS, _INT, *[_POINTER] * 3],
+    "attention_forward": [_ATTENTION],
+    "attention_backward": [_ATTENTION],
+    "cross_entropy": [
+        *[_INT64] * 3,
+        _INT,
+        *[_POINTER] * 2,
+        ctypes.POINTER(Target),
+        *[_POINTER] * 2,
+    ],
+}
+
+
+def call(dtype: torch.dtype, function: str, *arguments: object) -> None:
+    """Run a function of the kernels; a tensor stands for its address and None for no address.
+
+    Raises:
+        MemoryError: there is no memory for its working space.
+    """
+    pointers = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    library = _library_or_reason(dtype)
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    if getattr(library, function)(*pointers):
+        raise MemoryError(f"no memory for the working space of {function}")
+
+
+@cache
+def unavailable() -> str | None:
+    """Why there are no compiled kernels, which is also warned of once; None if there are.
+
+    The first call compiles them if need be.
+    """
+    reason = _library_or_reason(torch.float32)
+    if isinstance(reason, str):
+        warnings.warn(f"multimax runs without its compiled CPU kernels: {reason}", stacklevel=2)
+        return reason
+    return None
+
+
+@cache
+def _library_or_reason(dtype: torch.dtype) -> ctypes.CDLL | str:
+    compiler = _compiler()
+    if compiler is None:
+        return "no C compiler was found; install gcc or clang, or set CC"
+    try:
+        library = ctypes.CDLL(str(_compile(compiler, dtype)))
+    except (OSError, subprocess.SubprocessError) as error:
+        details = getattr(error, "stderr", None) or str(error)
+        return f"{compiler} failed: {details.strip()[-500:]}"
+    for name, arguments in SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+    return library
+
+
+def _compiler() -> str | None:
+    wanted = os.environ.get("CC")
+    if wanted:
+        return shutil.which(wanted.split()[0])
+    return next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+
+
+def _compile(compiler: str, dtype: torch.dtype) -> Path:
+    """The shared library of this compiler, processor and source, compiled unless it is kept."""
+    sources = {
+        path.name: path.read_bytes()
+        for path in sorted(
+            (resources.files("multimax.kernels") / "csrc").iterdir(), key=lambda path: path.name
+        )
+        if path.name.endswith((".c", ".h"))
+    }
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    described = [*sources.values(), version, repr((FLAGS, OPTIONAL, _processor())).encode()]
+    digest = hashlib.sha256(b"\0".join(described)).hexdigest()[:16]
+    name = "double" if dtype == torch.float64 else "float"
+    cached = _cache() / f"kernels-{name}-{digest}.so"
+    if not cached.exists():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+            for file, content in sources.items():
+                (Path(folder) / file).write_bytes(content)
+            units = [str(Path(folder) / file) for file in sources if file.endswith(".c")]
+            macros = ["-DDOUBLE"] if name == "double" else []
+            built = Path(folder) / "kernels.so"
+            _run_compiler(compiler, [*macros, *units, "-o", str(built), "-lm"])
+            os.replace(built, cached)  # several processes may compile at once
+    return cached
+
+
+def _run_compiler(compiler: str, arguments: list[str]) -> None:
+    for index, optional in enumerate(OPTIONAL):
+        command = [compiler, *FLAGS, *optional, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        if done.returncode == 0:
+            return
+        if index == len(OPTIONAL) - 1:
+            done.check_returncode()
+
+
+def _cache() -> Path:
+    """~/.cache/multimax, or a folder of this process where that cannot be written."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "multimax"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="multimax-"))
+
+
+def _processor() -> str:
+    """What the code may be compiled for; home directories are shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return platform.machine() + next((s for s in lines if s.startswith(("flags", "Features"))), "")

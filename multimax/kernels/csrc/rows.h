@@ -1,0 +1,114 @@
+/* What the kernels share: the number type, its exponential, and which entries of a row count.
+   Compiled once for float and once for double (-DDOUBLE). */
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef DOUBLE
+typedef double real;
+typedef int64_t integer;
+#define EXPONENT_BITS 52
+#define EXPONENT_BIAS 1023
+#define LOWEST_EXPONENT -708.0
+#define SQUARE_ROOT sqrt
+#define ROUNDER 6755399441055744.0 /* 1.5 * 2^52: adding it rounds to an integer */
+#else
+typedef float real;
+typedef int32_t integer;
+#define EXPONENT_BITS 23
+#define EXPONENT_BIAS 127
+#define LOWEST_EXPONENT -87.0f
+#define SQUARE_ROOT sqrtf
+#define ROUNDER 12582912.0f /* 1.5 * 2^23 */
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define SEGMENT 2048 /* entries that are summed in `real`; the sums of segments in double */
+#define CHUNK 8192   /* entries of the rows that are one unit of work: they stay in the L1 cache */
+
+/* Rows of scores: outer x heads x queries of them, each with `columns` entries. Mirrored, as the
+   other structures, in compiled.py. */
+typedef struct {
+    int64_t outer, heads, queries, columns;
+    const uint8_t *mask; /* 1: may receive mass; NULL: all may */
+    int64_t mask_outer, mask_head, mask_query; /* strides of the mask */
+    int64_t threads;
+} Rows;
+
+/* What matters about a row when it is worked on. */
+typedef struct {
+    int64_t limit;           /* entries from here on are masked by causality */
+    const uint8_t *mask;     /* of this row, or NULL */
+    uint32_t key, threshold; /* of its dropout */
+    real factor;             /* of the entries that dropout keeps; 0: no dropout */
+} Row;
+
+INLINE int64_t row_count(const Rows *rows) { return rows->outer * rows->heads * rows->queries; }
+
+INLINE int64_t rows_in_chunk(const Rows *rows) {
+    return rows->columns >= CHUNK ? 1 : CHUNK / (rows->columns + 1) + 1;
+}
+
+INLINE Row row_at(const Rows *rows, int64_t index) {
+    int64_t query = index % rows->queries, rest = index / rows->queries;
+    int64_t head = rest % rows->heads, outer = rest / rows->heads;
+    const uint8_t *mask = rows->mask;
+    if (mask)
+        mask += outer * rows->mask_outer + head * rows->mask_head + query * rows->mask_query;
+    return (Row){.limit = rows->columns, .mask = mask};
+}
+
+INLINE uint64_t scramble(uint64_t x) { /* the finalizer of SplitMix64 */
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+/* The factor of an entry under dropout: a hash of the row's key and the column decides. */
+INLINE real kept(Row row, int64_t column) {
+    uint32_t x = row.key ^ ((uint32_t)column * 0x9E3779B1u);
+    x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
+    x = (x ^ (x >> 13)) * 0xC2B2AE35u;
+    x ^= x >> 16;
+    return x >= row.threshold ? row.factor : 0;
+}
+
+/* exp(x) for x <= 0 to about 1 unit in the last place; 0 below LOWEST_EXPONENT, NaN for NaN.
+   x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for exp(r). */
+INLINE real exponential(real x) {
+    real bounded = x < LOWEST_EXPONENT ? LOWEST_EXPONENT : x;
+    real shifted = bounded * (real)1.4426950408889634 + ROUNDER;
+    real n = shifted - ROUNDER;
+#ifdef DOUBLE
+    real r = (bounded - n * 0.6931471803691238) - n * 1.9082149292705877e-10;
+    real power = 1.6059043836821613e-10; /* Taylor, degree 13 */
+    power = power * r + 2.08767569878681e-09;
+    power = power * r + 2.505210838544172e-08;
+    power = power * r + 2.755731922398589e-07;
+    power = power * r + 2.7557319223985893e-06;
+    power = power * r + 2.48015873015873e-05;
+    power = power * r + 0.0001984126984126984;
+    power = power * r + 0.001388888888888889;
+    power = power * r + 0.008333333333333333;
+    power = power * r + 0.041666666666666664;
+    power = power * r + 0.16666666666666666;
+    power = power * r + 0.5;
+#else
+    real r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;
+    real power = 0.0013836832f; /* minimax, relative error 2e-9 */
+    power = power * r + 0.008374824f;
+    power = power * r + 0.041668226f;
+    power = power * r + 0.1666642f;
+    power = power * r + 0.49999992f;
+#endif
+    power = power * r + 1;
+    power = power * r + 1;
+    integer bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (integer)((uint64_t)(bits + EXPONENT_BIAS) << EXPONENT_BITS); /* low bits hold n */
+    real two_to_n;
+    memcpy(&two_to_n, &bits, sizeof bits);
+    return x < LOWEST_EXPONENT ? 0 : power * two_to_n;
+}

@@ -1,0 +1,51 @@
+/* SoftMax of one row of modulated scores, and what its backward pass is made of. */
+#pragma once
+#include "modulator.h"
+
+/* Probabilities of a row; its statistics are the highest y and 1 / sum, or zeros if all is masked. */
+INLINE void forward_row(Row row, Modulator m, int order, const real *x, real *p, real *statistics) {
+    real highest = modulate_row(x, p, row, m, order);
+    if (highest == -INFINITY) highest = 0; /* all masked, or NaN, which `>` does not see */
+    double sum = exponentiate_row(p, row.limit, highest);
+    real inverse = sum == 0 ? 0 : (real)(1 / sum);
+    scale_row(p, row.limit, inverse);
+    if (statistics) statistics[0] = highest, statistics[1] = inverse;
+}
+
+/* p of a row again, from its statistics. */
+INLINE void recompute_row(Row row, Modulator m, int order, const real *x, const real *statistics,
+                          real *p) {
+    modulate_row(x, p, row, m, order);
+#pragma omp simd
+    for (int64_t j = 0; j < row.limit; j++)
+        p[j] = exponential(p[j] - statistics[0]) * statistics[1];
+}
+
+INLINE double dot(const real *a, const real *b, int64_t n) {
+    double total = 0;
+    for (int64_t start = 0; start < n; start += SEGMENT) {
+        int64_t end = start + SEGMENT < n ? start + SEGMENT : n;
+        real sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = start; j < end; j++) sum += a[j] * b[j];
+        total += sum;
+    }
+    return total;
+}
+
+/* dy = p (g - mean), where g is that of the entries which dropout keeps; dy may be g. */
+INLINE void subtract_mean_row(Row row, const real *p, const real *g, real mean, real *dy) {
+    if (row.factor > 0) {
+#pragma omp simd
+        for (int64_t j = 0; j < row.limit; j++) dy[j] = p[j] * (g[j] * kept(row, j) - mean);
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < row.limit; j++) dy[j] = p[j] * (g[j] - mean);
+    }
+}
+
+INLINE void drop_row(Row row, real *p) {
+    if (row.factor == 0) return;
+#pragma omp simd
+    for (int64_t j = 0; j < row.limit; j++) p[j] *= kept(row, j);
+}

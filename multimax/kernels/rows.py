@@ -1,0 +1,231 @@
+"""SoftMax of modulated scores, sparsemax and 1.5-entmax on the CPU, by the compiled kernels.
+
+The definitions are in `multimax.normalizers`; each function here takes the one it replaces as
+`reference`, for derivatives of derivatives.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multimax.kernels import compiled
+from multimax.kernels.backend import chosen_backend
+
+MOST_ORDER = 2  # of the modulator
+
+
+def usable(scores: Tensor) -> bool:
+    """Whether `scores` go through the compiled kernels, unless eager is asked for."""
+    return chosen_backend() != "eager" and obstacle(scores) is None
+
+
+def obstacle(tensor: Tensor) -> str | None:
+    """Why the compiled kernels cannot work on a floating-point tensor; None if they can."""
+    if tensor.device.type != "cpu":
+        return f"the tensors are on {tensor.device}, it runs on the CPU"
+    if tensor.numel() == 0 or tensor.dim() == 0:
+        return "there is nothing to compute"
+    if torch.compiler.is_exporting():
+        return "exported programs hold torch operations alone"
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
+        return "function transforms such as vmap need torch operations"
+    return compiled.unavailable()
+
+
+def modulated_softmax(
+    scores: Tensor,
+    coefficients: Tensor,
+    dim: int,
+    mask: Tensor | None,
+    reference: Callable[[Tensor, Tensor, int, Tensor | None], Tensor],
+) -> Tensor:
+    """SoftMax of sigma(scale * scores + shift), masked; saves the scores and the result.
+
+    Args:
+        scores: any shape, in compute precision.
+        coefficients: (2 + 4 N,), `[scale, shift, ts, ranges]`, N = 0, 1 or 2; dtype of `scores`.
+        dim: the dimension that sums to one.
+        mask: bool, broadcastable to `scores`, or None.
+        reference: the same function in differentiable operations.
+    """
+    return _ModulatedSoftMax.apply(scores, coefficients, dim, mask, reference)
+
+
+def threshold(scores: Tensor, squared: bool, dim: int, mask: Tensor | None) -> Tensor:
+    """1.5-entmax if `squared`, else sparsemax, which saves the result alone.
+
+    Args:
+        scores: any shape, in compute precision.
+        squared: which of the two.
+        dim: the dimension that sums to one.
+        mask: bool, broadcastable to `scores`, or None.
+    """
+    return _Threshold.apply(scores, squared, dim, mask)
+
+
+class _ModulatedSoftMax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, coefficients, dim, mask, reference):
+        x, row_mask = _rows_last(scores, dim, mask)
+        p = torch.ops.multimax.softmax_forward(x, coefficients, row_mask).movedim(-1, dim)
+        # The backward pass of SoftMax with a fixed temperature needs no scores.
+        ctx.keeps_scores = order_of(coefficients) > 0 or ctx.needs_input_grad[1]
+        ctx.save_for_backward(scores if ctx.keeps_scores else p, coefficients, p, mask)
+        ctx.dim, ctx.reference = dim, reference
+        return p
+
+    @staticmethod
+    def backward(ctx, grad) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        scores, coefficients, p, mask = ctx.saved_tensors
+        if torch.is_grad_enabled() and not ctx.keeps_scores:
+            grad = coefficients[0] * p * (grad - (p * grad).sum(ctx.dim, keepdim=True))
+            return grad, None, None, None, None
+        if torch.is_grad_enabled():
+            inputs = [scores, coefficients]
+            grads = _by_reference(ctx.reference, inputs, (ctx.dim, mask), grad)
+            return *grads, None, None, None
+        x, row_mask = _rows_last(scores, ctx.dim, mask)
+        grad_scores, grad_coefficients = torch.ops.multimax.softmax_backward(
+            x,
+            coefficients,
+            row_mask,
+            p.movedim(ctx.dim, -1).contiguous(),
+            grad.movedim(ctx.dim, -1).contiguous(),
+            ctx.needs_input_grad[1],
+        )
+        return grad_scores.movedim(-1, ctx.dim), grad_coefficients, None, None, None
+
+
+class _Threshold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores, squared, dim, mask):
+        x, row_mask = _rows_last(scores, dim, mask)
+        p = torch.ops.multimax.threshold_forward(x, squared, row_mask).movedim(-1, dim)
+        ctx.save_for_backward(p)
+        ctx.squared, ctx.dim = squared, dim
+        ctx.set_materialize_grads(False)  # the Fenchel-Young loss sends none in its first backward
+        return p
+
+    @staticmethod
+    def backward(ctx, grad) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if grad is None:
+            return None, None, None, None
+        (p,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the same in operations that can be differentiated again
+            support = (p > 0).to(p.dtype)
+            weight = p.where(p > 0, 1.0).sqrt() * support if ctx.squared else support
+            total = weight.sum(ctx.dim, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+            mean = (weight * grad).sum(ctx.dim, keepdim=True) / total
+            return weight * (grad - mean), None, None, None
+        p, grad = (t.movedim(ctx.dim, -1).contiguous() for t in (p, grad))
+        grad_scores = torch.ops.multimax.threshold_backward(p, ctx.squared, grad)
+        return grad_scores.movedim(-1, ctx.dim), None, None, None
+
+
+def _by_reference(reference, inputs, arguments, grad) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, of the inputs that need one."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(
+        torch.autograd.grad(reference(*inputs, *arguments), wanted, grad, create_graph=True)
+    )
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+
+def _rows_last(scores: Tensor, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Contiguous scores with the rows in the last dimension, and the mask, broadcast to them."""
+    if mask is not None:
+        mask = mask.expand(scores.shape).movedim(dim, -1)
+    return scores.movedim(dim, -1).contiguous(), mask
+
+
+def _four_dimensions(shape: torch.Size, mask: Tensor | None) -> tuple[list[int], Tensor | None]:
+    """(outer, heads, queries, columns) of rows of any shape, and their mask in that shape."""
+    shape4 = [1] * (4 - len(shape)) + list(shape)
+    if len(shape) > 4:
+        shape4 = [shape[:-3].numel(), *shape[-3:]]
+    if mask is None:
+        return shape4, None
+    return shape4, contiguous_rows(mask).reshape(shape4)
+
+
+def contiguous_rows(mask: Tensor) -> Tensor:
+    """The same mask with stride 1 in the last dimension; others that are broadcast stay so."""
+    if mask.stride(-1) == 1 or mask.size(-1) == 1:
+        return mask
+    kept = [slice(0, 1) if mask.stride(d) == 0 else slice(None) for d in range(mask.dim() - 1)]
+    return mask[(*kept, slice(None))].contiguous().expand(mask.shape)
+
+
+def _describe(shape: torch.Size, mask: Tensor | None) -> Any:
+    """The rows of a contiguous tensor, for the kernels; holds on to the mask."""
+    (outer, heads, queries, columns), mask = _four_dimensions(shape, mask)
+    rows = compiled.Rows(
+        outer=outer, heads=heads, queries=queries, columns=columns, threads=torch.get_num_threads()
+    )
+    if mask is not None:
+        rows.mask, rows.held = mask.data_ptr(), mask
+        rows.mask_outer, rows.mask_head, rows.mask_query, _ = mask.stride()
+    return rows
+
+
+@torch.library.custom_op("multimax::softmax_forward", mutates_args=())
+def _softmax_forward(x: Tensor, coefficients: Tensor, mask: Tensor | None) -> Tensor:
+    p = torch.empty_like(x)
+    order = order_of(coefficients)
+    rows = _describe(x.shape, mask)
+    compiled.call(x.dtype, "softmax_forward", rows, order, coefficients, x, p)
+    return p
+
+
+@_softmax_forward.register_fake
+def _(x, coefficients, mask):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("multimax::softmax_backward", mutates_args=())
+def _softmax_backward(
+    x: Tensor, coefficients: Tensor, mask: Tensor | None, p: Tensor, grad: Tensor, learned: bool
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x)
+    sums = torch.zeros(coefficients.shape, dtype=torch.float64)
+    rows = _describe(x.shape, mask)
+    order, into = order_of(coefficients), sums if learned else None
+    compiled.call(x.dtype, "softmax_backward", rows, order, coefficients, x, p, grad, dx, into)
+    return dx, sums.to(x.dtype)
+
+
+@_softmax_backward.register_fake
+def _(x, coefficients, mask, p, grad, learned):
+    return torch.empty_like(x), torch.empty_like(coefficients)
+
+
+@torch.library.custom_op("multimax::threshold_forward", mutates_args=())
+def _threshold_forward(x: Tensor, squared: bool, mask: Tensor | None) -> Tensor:
+    p = torch.empty_like(x)
+    compiled.call(x.dtype, "threshold_forward", _describe(x.shape, mask), squared, x, p)
+    return p
+
+
+@_threshold_forward.register_fake
+def _(x, squared, mask):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("multimax::threshold_backward", mutates_args=())
+def _threshold_backward(p: Tensor, squared: bool, grad: Tensor) -> Tensor:
+    dx = torch.empty_like(p)
+    rows = _describe(p.shape, None)
+    compiled.call(p.dtype, "threshold_backward", rows, squared, p, grad, dx)
+    return dx
+
+
+@_threshold_backward.register_fake
+def _(p, squared, grad):
+    return torch.empty_like(p)
+
+
+def order_of(coefficients: Tensor) -> int:
+    """N of `[scale, shift, ts (2 N), ranges (2 N)]`."""
+    return (coefficients.numel() - 2) // 4
