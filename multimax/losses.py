@@ -1,14 +1,24 @@
 """The loss that belongs to an output normalizer: cross-entropy, or a Fenchel-Young loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, singledispatch
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimax.normalizers import EntMax, LogitNormalizer, Normalizer, entmax
+from multimax.kernels.backend import chosen_backend
+from multimax.kernels.linear_loss import (
+    Step,
+    linear_loss,
+    modulated_step,
+    reference_step,
+    triton_step,
+)
+from multimax.kernels.rows import obstacle
+from multimax.normalizers import EntMax, LogitNormalizer, ModulatedSoftMax, Normalizer, entmax
 from multimax.normalizers.base import to_compute_precision
 from multimax.normalizers.entmax import check_alpha
 
@@ -47,6 +57,78 @@ def output_loss(
     """
     rows = partial(row_losses, normalizer)
     return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
+
+
+def linear_output_loss(
+    normalizer: Normalizer,
+    features: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """`output_loss` of the scores `features weight^T + bias`, which are never held whole.
+
+    A large vocabulary then costs the memory of a chunk of its scores; see
+    `multimax.kernels.linear_loss`. Gradients of features, weight, bias and the normalizer's
+    parameters are exact. Second derivatives need `with use_backend("eager")`.
+
+    Args:
+        normalizer: as in `output_loss`.
+        features: (..., dim).
+        weight: (C, dim).
+        target, label_smoothing, ignore_index, reduction: as in `output_loss`.
+        bias: (C,) or None.
+
+    Returns:
+        As `output_loss`.
+
+    Raises:
+        ValueError: as `output_loss`.
+    """
+    options = (label_smoothing, ignore_index, reduction)
+    if chosen_backend() == "eager":
+        scores = F.linear(features, weight, bias)
+        rows = partial(row_losses, normalizer)
+        return _reduced(rows, scores, target, *options)
+    shape = (*features.shape[:-1], weight.size(0))
+    _check(features.new_empty(()).expand(shape), target, *options)
+    target = target.detach()
+    soft = target.is_floating_point()
+    flat_target = target.reshape(-1, shape[-1]) if soft else target.reshape(-1)
+    step, parameters = _step(normalizer, features, label_smoothing, ignore_index)
+    flat = features.reshape(-1, features.size(-1))
+    how = "none" if reduction == "none" else "sum"
+    losses = linear_loss(step, flat, weight, bias, flat_target, parameters, how)
+    if reduction == "none":
+        return losses.reshape(shape[:-1])
+    if reduction == "sum":
+        return losses
+    return losses / (flat_target.size(0) if soft else (flat_target != ignore_index).sum())
+
+
+def _step(
+    normalizer: Normalizer, features: Tensor, label_smoothing: float, ignore_index: int
+) -> tuple[Step, Sequence[Tensor]]:
+    """The loss of a chunk of rows, and the parameters that it gives gradients for."""
+    if isinstance(normalizer, ModulatedSoftMax) and normalizer.fusible:
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        coefficients = normalizer.coefficients(dtype, features.device)
+        if obstacle(features) is None:
+            step = modulated_step(coefficients, label_smoothing, ignore_index)
+            return step, [coefficients]
+        if features.device.type == "cuda" and find_spec("triton"):
+            return triton_step(coefficients, label_smoothing, ignore_index), [coefficients]
+
+    def losses(scores: Tensor, target: Tensor) -> Tensor:
+        rows = partial(row_losses, normalizer)
+        return _reduced(rows, scores, target, label_smoothing, ignore_index, "none")
+
+    parameters = [p for p in normalizer.parameters() if p.requires_grad]
+    return reference_step(losses, parameters), parameters
 
 
 @singledispatch

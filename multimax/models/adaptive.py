@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimax.losses import output_loss
+from multimax.losses import linear_output_loss, output_loss
 from multimax.models.output import normalized_log, word_embedding
 from multimax.normalizers import Normalizer, build_normalizer
 
@@ -221,7 +221,14 @@ class AdaptiveOutput(nn.Module):
             head_target = head_target.masked_fill(inside, self.bands[0] + band)
             # A band without a target is run too: DDP waits for the gradient of every parameter.
             rows = inside.nonzero().squeeze(1)
-            loss = output_loss(normalizer, tail(x[rows]), target[rows] - start, reduction="none")
+            *projection, words = cast(Any, tail)
+            loss = linear_output_loss(
+                normalizer,
+                nn.Sequential(*projection)(x[rows]),
+                words.weight,
+                target[rows] - start,
+                reduction="none",
+            )
             band_losses.append((rows, loss))
         losses = output_loss(head_normalizer, head(x), head_target, reduction="none")
         for rows, loss in band_losses:

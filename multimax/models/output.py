@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimax.losses import output_loss
+from multimax.losses import linear_output_loss
 from multimax.normalizers import ModulatedSoftMax, Normalizer, build_aside
 from multimax.normalizers.base import to_compute_precision
 
@@ -64,7 +64,7 @@ class Output(nn.Module):
         ignore_index: int | None = None,
         reduction: str = "mean",
     ) -> Tensor:
-        """The normalizer's loss, see `multimax.losses.output_loss`.
+        """The normalizer's loss, see `multimax.losses.linear_output_loss`.
 
         Args:
             features: (..., dim).
@@ -76,9 +76,10 @@ class Output(nn.Module):
         Raises:
             ValueError: as `output_loss`.
         """
-        return output_loss(
+        return linear_output_loss(
             self.normalizer,
-            self.scores(features),
+            features,
+            self.weight,
             targets,
             label_smoothing=label_smoothing,
             ignore_index=self.padding_index if ignore_index is None else ignore_index,

@@ -90,7 +90,8 @@ def test_starts():
 def test_the_identity_start_is_exactly_softmax(scores, mask, order, masked):
     mask = mask if masked else None
     identity, plain = MultiMax(order, init="identity"), SoftMax()
-    assert torch.equal(identity(scores, mask=mask), plain(scores, mask=mask))
+    if identity.fusible:  # else one of the two is computed by torch
+        assert torch.equal(identity(scores, mask=mask), plain(scores, mask=mask))
     with use_backend("eager"):
         assert torch.equal(identity(scores, mask=mask), plain(scores, mask=mask))
 

@@ -1,0 +1,198 @@
+"""Linear layer and loss in one function, some rows at a time: the scores are never held whole.
+
+A chunk of rows goes through the linear layer, its loss and its gradient before the next one starts,
+so that the scores of a large vocabulary take the memory of one chunk.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multimax.kernels import compiled
+from multimax.kernels.rows import order_of
+
+LEAST_ROWS = 128  # of a chunk: the gradient of the weight is read and written once per chunk
+LEAST_SCORES = 2**22  # of a chunk, 16 MiB in fp32
+
+# (scores, target, row weights or None, whether gradients are wanted) -> losses (rows,) and, if they
+# are, gradients of the sum of weight * loss by the scores (may be in their place) and parameters.
+Step = Callable[..., tuple[Tensor, Tensor | None, Sequence[Tensor | None]]]
+
+
+@torch.compiler.disable
+def linear_loss(
+    step: Step,
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    parameters: Sequence[Tensor],
+    reduction: str,
+) -> Tensor:
+    """Losses of `features weight^T + bias`.
+
+    Args:
+        step: the loss of some rows, with its gradients.
+        features: (rows, dim).
+        weight: (classes, dim).
+        bias: (classes,) or None.
+        target: (rows,) or (rows, classes); handed to `step` a chunk at a time.
+        parameters: of the loss, which `step` gives gradients for; at most 1-D.
+        reduction: "sum", whose gradients are computed in the forward pass, or "none", for which the
+            backward pass computes the scores again.
+
+    Returns:
+        (rows,) or a scalar, fp32 or wider.
+    """
+    at_once = reduction == "sum" and torch.is_grad_enabled()
+    losses = _LinearLoss.apply(step, at_once, features, weight, bias, target, *parameters)
+    return losses.sum() if reduction == "sum" and not at_once else losses
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, step, at_once, *tensors):
+        device, ctx.dtype = tensors[0].device.type, tensors[0].dtype
+        if torch.is_autocast_enabled(device):
+            ctx.dtype = torch.get_autocast_dtype(device)
+        ctx.step, ctx.at_once = step, at_once
+        ctx.save_for_backward(*tensors)
+        losses, ctx.grads = _run(ctx, tensors, None, at_once)
+        return losses.sum() if at_once else losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # or a second backward pass through the same graph
+            _, grads = _run(ctx, ctx.saved_tensors, None if ctx.at_once else grad, True)
+        if ctx.at_once:
+            grads = [g if g is None else g.mul_(grad) for g in grads]
+        pairs = zip(grads, ctx.saved_tensors, strict=True)
+        return None, None, *(g if g is None else g.to(tensor.dtype) for g, tensor in pairs)
+
+
+def _run(
+    ctx: Any, tensors: Sequence[Tensor], row_weight: Tensor | None, gradient: bool
+) -> tuple[Tensor, list[Tensor | None] | None]:
+    """Losses of all rows and, if wanted, gradients of `tensors` where they need one.
+
+    The gradient of a row is at most 1 in size before it is weighted, so that fp16 can hold it; sums
+    over rows are made in fp32 or wider.
+    """
+    features, weight, bias, target, *_ = tensors
+    device, dtype = features.device.type, torch.promote_types(ctx.dtype, torch.float32)
+    with torch.autocast(device, enabled=False):
+        x, w = features.to(ctx.dtype), weight.to(ctx.dtype)
+        b = bias if bias is None else bias.to(ctx.dtype)
+        losses = torch.empty(x.size(0), dtype=dtype, device=x.device)
+        totals = None
+        if gradient:
+            totals = [
+                torch.zeros_like(tensor, dtype=dtype) if needed else None
+                for tensor, needed in zip(tensors, ctx.needs_input_grad[2:], strict=True)
+            ]
+        size = max(LEAST_ROWS, LEAST_SCORES // max(w.size(0), 1))
+        for start in range(0, x.size(0), size):
+            part = slice(start, start + size)
+            scores = F.linear(x[part], w, b).to(dtype)
+            weights = None if row_weight is None else row_weight[part].to(dtype)
+            losses[part], d, of_parameters = ctx.step(scores, target[part], weights, gradient)
+            if totals is not None and d is not None:
+                _accumulate(totals, part, x[part], w, d.to(ctx.dtype), of_parameters)
+            del scores, d
+    return losses, totals
+
+
+def _accumulate(
+    totals: list[Tensor | None],
+    part: slice,
+    x: Tensor,
+    weight: Tensor,
+    d: Tensor,
+    of_parameters: Sequence[Tensor | None],
+) -> None:
+    of_x, of_weight, of_bias, _, *rest = totals
+    if of_x is not None:
+        of_x[part] = d @ weight
+    if of_weight is not None and of_weight.dtype == d.dtype:
+        of_weight.addmm_(d.t(), x)
+    elif of_weight is not None:
+        of_weight += d.t() @ x
+    if of_bias is not None:
+        of_bias += d.sum(0, dtype=of_bias.dtype)
+    for total, grad in zip(rest, of_parameters, strict=True):
+        if total is not None and grad is not None:
+            total += grad
+
+
+def modulated_step(coefficients: Tensor, label_smoothing: float, ignore_index: int) -> Step:
+    """Cross-entropy of modulated scores by the compiled kernels; its parameter is `coefficients`.
+
+    Args:
+        coefficients: (2 + 4 N,), `[scale, shift, ts, ranges]`, on the CPU.
+        label_smoothing: in [0, 1).
+        ignore_index: the class of rows that count for nothing.
+    """
+    c = coefficients.detach()
+
+    def step(scores: Tensor, target: Tensor, weight: Tensor | None, gradient: bool) -> Any:
+        losses = scores.new_empty(scores.size(0))
+        sums = torch.zeros(c.shape, dtype=torch.float64)
+        of_scores = c.to(scores.dtype)
+        soft = target.is_floating_point()
+        target = (target.to(scores.dtype) if soft else target).contiguous()
+        description = compiled.Target(
+            smoothing=label_smoothing, ignored=ignore_index, gradient=gradient
+        )
+        setattr(description, "soft" if soft else "target", target.data_ptr())
+        if weight is not None:
+            weight = weight.contiguous()
+            description.weight = weight.data_ptr()
+        shape = (*scores.shape, torch.get_num_threads())
+        arguments = (order_of(c), of_scores, scores, description, losses)
+        compiled.call(scores.dtype, "cross_entropy", *shape, *arguments, sums if gradient else None)
+        return losses, scores if gradient else None, [sums]
+
+    return step
+
+
+def triton_step(coefficients: Tensor, label_smoothing: float, ignore_index: int) -> Step:
+    """`modulated_step` for CUDA."""
+    from multimax.kernels.triton_output import modulated_cross_entropy_  # not everyone has Triton
+
+    c = coefficients.detach()
+
+    def step(scores: Tensor, target: Tensor, weight: Tensor | None, gradient: bool) -> Any:
+        losses, of_coefficients = modulated_cross_entropy_(
+            scores, target, c, weight, label_smoothing, ignore_index, gradient
+        )
+        return losses, scores if gradient else None, [of_coefficients]
+
+    return step
+
+
+def reference_step(
+    row_losses: Callable[[Tensor, Tensor], Tensor], parameters: Sequence[Tensor]
+) -> Step:
+    """Any loss, differentiated by autograd.
+
+    Args:
+        row_losses: from scores (rows, classes) and their target to losses (rows,).
+        parameters: leaves of its graph.
+    """
+
+    def step(scores: Tensor, target: Tensor, weight: Tensor | None, gradient: bool) -> Any:
+        if not gradient:
+            return row_losses(scores, target), None, []
+        with torch.enable_grad():
+            scores.requires_grad_()
+            losses = row_losses(scores, target)
+            upstream = torch.ones_like(losses) if weight is None else weight
+            grads = torch.autograd.grad(losses, [scores, *parameters], upstream, allow_unused=True)
+        return losses.detach(), grads[0], grads[1:]
+
+    return step
