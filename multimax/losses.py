@@ -93,7 +93,7 @@ def linear_output_loss(
     if chosen_backend() == "eager":
         scores = F.linear(features, weight, bias)
         rows = partial(row_losses, normalizer)
-        return _reduced(rows, scores, target, *options)
+        return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
     shape = (*features.shape[:-1], weight.size(0))
     _check(features.new_empty(()).expand(shape), target, *options)
     target = target.detach()

@@ -22,7 +22,6 @@ LEAST_SCORES = 2**22  # of a chunk, 16 MiB in fp32
 Step = Callable[..., tuple[Tensor, Tensor | None, Sequence[Tensor | None]]]
 
 
-@torch.compiler.disable
 def linear_loss(
     step: Step,
     features: Tensor,
@@ -48,7 +47,7 @@ def linear_loss(
         (rows,) or a scalar, fp32 or wider.
     """
     at_once = reduction == "sum" and torch.is_grad_enabled()
-    losses = _LinearLoss.apply(step, at_once, features, weight, bias, target, *parameters)
+    losses = _apply(step, at_once, features, weight, bias, target, *parameters)
     return losses.sum() if reduction == "sum" and not at_once else losses
 
 
@@ -70,9 +69,15 @@ class _LinearLoss(torch.autograd.Function):
         if grads is None:  # or a second backward pass through the same graph
             _, grads = _run(ctx, ctx.saved_tensors, None if ctx.at_once else grad, True)
         if ctx.at_once:
-            grads = [g if g is None else g.mul_(grad) for g in grads]
-        pairs = zip(grads, ctx.saved_tensors, strict=True)
-        return None, None, *(g if g is None else g.to(tensor.dtype) for g, tensor in pairs)
+            grads = [g if g is None else g.mul_(grad) for g in grads or []]
+        cast = [
+            g if g is None else g.to(tensor.dtype)
+            for g, tensor in zip(grads or [], ctx.saved_tensors, strict=True)
+        ]
+        return None, None, *cast
+
+
+_apply: Any = torch.compiler.disable(_LinearLoss.apply)
 
 
 def _run(

@@ -7,11 +7,6 @@ FlashAttention-2 (Dao, 2023) without atomic additions: the forward pass keeps th
 row, from which both backward kernels recompute P a tile at a time. One goes along the keys for a
 block of queries (gradients of the query and of the scalars), the other along the queries for a
 block of keys, over all query heads that share a key head.
-
-A tensor of four dimensions is a tuple (pointer, *strides), the matrix of one of its heads a tuple
-(pointer, row stride, column stride). Places inside a tile are index vectors that broadcast to it,
-(queries, 1) and (1, keys), or (1, queries) and (keys, 1) for a transposed one. What grows with the
-whole tensor is int64, what stays inside a tile int32.
 """
 
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -29,72 +24,14 @@ from multimax.kernels.triton_modulation import (
     store_coefficient_gradient,
     zero_sums,
 )
-
-
-@triton.jit
-def _block(heads, length, size: tl.constexpr):
-    """The program's row of (batch x heads), its batch and head, and where its block starts."""
-    blocks = tl.cdiv(length, size)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    return row, row // heads, row % heads, (tl.program_id(0) % blocks) * size
-
-
-@triton.jit
-def _matrix(tensor, batch, head):
-    return tensor[0] + batch * tensor[1] + head * tensor[2], tensor[3], tensor[4]
-
-
-@triton.jit
-def _tile(matrix, first, end, size: tl.constexpr, dim: tl.constexpr, width: tl.constexpr):
-    """Pointers to `size` rows from `first` on, of `width` columns, and which of them exist.
-
-    Rows exist before `end`, columns before `dim`.
-    """
-    rows, columns = tl.arange(0, size)[:, None], tl.arange(0, width)[None, :]
-    inside = first + rows < end
-    if dim < width:
-        inside = inside & (columns < dim)
-    start = matrix[0] + tl.cast(first, tl.int64) * matrix[1]
-    return start + rows * matrix[1] + columns * matrix[2], inside
-
-
-@triton.jit
-def _load(matrix, first, end, size: tl.constexpr, dim: tl.constexpr, width: tl.constexpr):
-    """A tile (size, width), zero where nothing exists."""
-    pointers, inside = _tile(matrix, first, end, size, dim, width)
-    return tl.load(pointers, mask=inside, other=0.0)
-
-
-@triton.jit
-def _store(matrix, tile, first, end, size: tl.constexpr, dim: tl.constexpr, width: tl.constexpr):
-    pointers, inside = _tile(matrix, first, end, size, dim, width)
-    tl.store(pointers, tile.to(matrix[0].dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _allowed(
-    mask, batch, head, first_query, first_key, query, key, queries, keys, causal: tl.constexpr
-):
-    """Which pairs of a tile exist and may attend; `mask` is a tensor of bytes or None."""
-    query_id, key_id = first_query + query, first_key + key
-    allowed = (query_id < queries) & (key_id < keys)
-    if mask is not None:
-        start, query_stride, key_stride = _matrix(mask, batch, head)
-        start += tl.cast(first_query, tl.int64) * query_stride
-        start += tl.cast(first_key, tl.int64) * key_stride
-        pointers = start + query * query_stride + key * key_stride
-        allowed = tl.load(pointers, mask=allowed, other=0) != 0
-    if causal:
-        allowed = allowed & (key_id <= query_id + (keys - queries))
-    return allowed
-
-
-@triton.jit
-def _dropout_factor(seed, dropout, row, query_id, key_id, queries, keys, dtype: tl.constexpr):
-    """D of a tile: a function of nothing but the seed and the place in the whole tensor."""
-    place = (row * queries + query_id) * keys + key_id
-    factor = 1.0 / (1.0 - tl.cast(dropout, dtype))
-    return tl.where(tl.rand(seed, place) >= dropout, factor, 0.0)
+from multimax.kernels.triton_tiles import (
+    allowed_pairs,
+    dropout_factor,
+    load_tile,
+    of_head,
+    place_of_program,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -122,10 +59,10 @@ def attention_forward(
 ):
     """One block of queries: its output, and the logsumexp of its rows (0 for an empty row)."""
     dtype: tl.constexpr = coefficients.dtype.element_ty
-    row, batch, head, first = _block(heads, queries, block_queries)
-    key, value = _matrix(key, batch, head // group), _matrix(value, batch, head // group)
+    row, batch, head, first = place_of_program(heads, queries, block_queries)
+    key, value = of_head(key, batch, head // group), of_head(value, batch, head // group)
     c = load_coefficients(coefficients, order)
-    q = _load(_matrix(query, batch, head), first, queries, block_queries, dim, width)
+    q = load_tile(of_head(query, batch, head), first, queries, block_queries, dim, width)
     i, j = tl.arange(0, block_queries)[:, None], tl.arange(0, block_keys)[None, :]
 
     maximum = tl.full((block_queries,), float("-inf"), dtype)
@@ -133,11 +70,11 @@ def attention_forward(
     mean = tl.zeros((block_queries, width), dtype)
     end = tl.minimum(keys, first + block_queries + keys - queries) if causal else keys
     for start in range(0, end, block_keys):
-        k = _load(key, start, keys, block_keys, dim, width)
-        v = _load(value, start, keys, block_keys, dim, width)
+        k = load_tile(key, start, keys, block_keys, dim, width)
+        v = load_tile(value, start, keys, block_keys, dim, width)
         scores = tl.dot(q, tl.trans(k), input_precision=precision)
         modulated, _ = modulate(scores, c, order)
-        allowed = _allowed(mask, batch, head, first, start, i, j, queries, keys, causal)
+        allowed = allowed_pairs(mask, batch, head, first, start, i, j, queries, keys, causal)
         modulated = tl.where(allowed, modulated, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(modulated, 1))
         # A row that has seen nothing allowed has the maximum -inf, and -inf - -inf is NaN.
@@ -146,7 +83,7 @@ def attention_forward(
         shrink = tl.exp(maximum - anchor)
         total = total * shrink + tl.sum(weights, 1)
         if dropout is not None:
-            weights *= _dropout_factor(
+            weights *= dropout_factor(
                 seed, dropout, row, first + i, start + j, queries, keys, dtype
             )
         mean *= shrink[:, None]
@@ -155,8 +92,8 @@ def attention_forward(
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    output = _matrix(output, batch, head)
-    _store(output, mean / total[:, None], first, queries, block_queries, dim, width)
+    output = of_head(output, batch, head)
+    store_tile(output, mean / total[:, None], first, queries, block_queries, dim, width)
     i = first + tl.arange(0, block_queries)
     sums = tl.where(empty, 0.0, maximum + tl.log(total))
     tl.store(logsumexp + row * queries + i, sums, mask=i < queries)
@@ -206,15 +143,17 @@ def attention_backward_query(
     """One block of queries: its gradient, its share of the scalars' (unless None), and its delta.
 
     delta = rowsum(output_gradient * output) is what the backward pass of SoftMax subtracts. The
-    kernel for the keys, launched after this one, reads it.
+    kernel for the keys, launched after this one, reads it. As the output is rounded, the gradients
+    of a row of scores do not quite add up to 0. The sums for the scalars would multiply this rest
+    by what their terms have in common, and in half precision drown in it, but for `centred`.
     """
     dtype: tl.constexpr = coefficients.dtype.element_ty
-    row, batch, head, first = _block(heads, queries, block_queries)
-    key, value = _matrix(key, batch, head // group), _matrix(value, batch, head // group)
+    row, batch, head, first = place_of_program(heads, queries, block_queries)
+    key, value = of_head(key, batch, head // group), of_head(value, batch, head // group)
     c = load_coefficients(coefficients, order)
-    q = _load(_matrix(query, batch, head), first, queries, block_queries, dim, width)
-    o = _load(_matrix(output, batch, head), first, queries, block_queries, dim, width)
-    do = _load(_matrix(output_gradient, batch, head), first, queries, block_queries, dim, width)
+    q = load_tile(of_head(query, batch, head), first, queries, block_queries, dim, width)
+    o = load_tile(of_head(output, batch, head), first, queries, block_queries, dim, width)
+    do = load_tile(of_head(output_gradient, batch, head), first, queries, block_queries, dim, width)
     rows = first + tl.arange(0, block_queries)
     place = row * queries + rows
     lse = tl.load(logsumexp + place, mask=rows < queries, other=0.0)
@@ -228,14 +167,14 @@ def attention_backward_query(
     residual = tl.zeros((block_queries,), dtype)
     end = tl.minimum(keys, first + block_queries + keys - queries) if causal else keys
     for start in range(0, end, block_keys):
-        k = _load(key, start, keys, block_keys, dim, width)
-        v = _load(value, start, keys, block_keys, dim, width)
+        k = load_tile(key, start, keys, block_keys, dim, width)
+        v = load_tile(value, start, keys, block_keys, dim, width)
         scores = tl.dot(q, tl.trans(k), input_precision=precision)
         gradient = tl.dot(do, tl.trans(v), input_precision=precision)
-        allowed = _allowed(mask, batch, head, first, start, i, j, queries, keys, causal)
+        allowed = allowed_pairs(mask, batch, head, first, start, i, j, queries, keys, causal)
         factor = 1.0
         if dropout is not None:
-            factor = _dropout_factor(seed, dropout, row, first + i, start + j, queries, keys, dtype)
+            factor = dropout_factor(seed, dropout, row, first + i, start + j, queries, keys, dtype)
         probabilities, gradient, slope, scores = _backward_tile(
             scores, allowed, lse[:, None], d[:, None], gradient, factor, c, order
         )
@@ -245,8 +184,8 @@ def attention_backward_query(
             residual += tl.sum(gradient, 1)
         dq += tl.dot((gradient * slope).to(k.dtype), k, input_precision=precision)
 
-    query_gradient = _matrix(query_gradient, batch, head)
-    _store(query_gradient, c[0] * dq, first, queries, block_queries, dim, width)
+    query_gradient = of_head(query_gradient, batch, head)
+    store_tile(query_gradient, c[0] * dq, first, queries, block_queries, dim, width)
     if coefficient_gradient is not None:
         share = tl.program_id(0).to(tl.int64) * (2 + 4 * order)
         sums = centred(sums, means, residual, order)
@@ -284,10 +223,10 @@ def attention_backward_key_value(
     Tiles are transposed, (keys, queries), as the two products with P^T want them.
     """
     dtype: tl.constexpr = coefficients.dtype.element_ty
-    _row, batch, key_head, first = _block(heads // group, keys, block_keys)
+    _row, batch, key_head, first = place_of_program(heads // group, keys, block_keys)
     c = load_coefficients(coefficients, order)
-    k = _load(_matrix(key, batch, key_head), first, keys, block_keys, dim, width)
-    v = _load(_matrix(value, batch, key_head), first, keys, block_keys, dim, width)
+    k = load_tile(of_head(key, batch, key_head), first, keys, block_keys, dim, width)
+    v = load_tile(of_head(value, batch, key_head), first, keys, block_keys, dim, width)
     i, j = tl.arange(0, block_queries)[None, :], tl.arange(0, block_keys)[:, None]
 
     dk = tl.zeros((block_keys, width), dtype)
@@ -295,20 +234,20 @@ def attention_backward_key_value(
     begin = tl.maximum(0, first - (keys - queries)) // block_queries if causal else 0
     for head in range(key_head * group, (key_head + 1) * group):
         row = batch * heads + head
-        query_of_head = _matrix(query, batch, head)
-        gradient_of_head = _matrix(output_gradient, batch, head)
+        query_of_head = of_head(query, batch, head)
+        gradient_of_head = of_head(output_gradient, batch, head)
         for start in range(begin * block_queries, queries, block_queries):
-            q = _load(query_of_head, start, queries, block_queries, dim, width)
-            do = _load(gradient_of_head, start, queries, block_queries, dim, width)
+            q = load_tile(query_of_head, start, queries, block_queries, dim, width)
+            do = load_tile(gradient_of_head, start, queries, block_queries, dim, width)
             rows = start + tl.arange(0, block_queries)
             lse = tl.load(logsumexp + row * queries + rows, mask=rows < queries, other=0.0)
             d = tl.load(delta + row * queries + rows, mask=rows < queries, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision=precision)
             gradient = tl.dot(v, tl.trans(do), input_precision=precision)
-            allowed = _allowed(mask, batch, head, start, first, i, j, queries, keys, causal)
+            allowed = allowed_pairs(mask, batch, head, start, first, i, j, queries, keys, causal)
             factor = 1.0
             if dropout is not None:
-                factor = _dropout_factor(
+                factor = dropout_factor(
                     seed, dropout, row, start + i, first + j, queries, keys, dtype
                 )
             probabilities, gradient, slope, _ = _backward_tile(
@@ -317,5 +256,7 @@ def attention_backward_key_value(
             dv += tl.dot((probabilities * factor).to(do.dtype), do, input_precision=precision)
             dk += tl.dot((gradient * slope).to(q.dtype), q, input_precision=precision)
 
-    _store(_matrix(key_gradient, batch, key_head), c[0] * dk, first, keys, block_keys, dim, width)
-    _store(_matrix(value_gradient, batch, key_head), dv, first, keys, block_keys, dim, width)
+    key_gradient = of_head(key_gradient, batch, key_head)
+    value_gradient = of_head(value_gradient, batch, key_head)
+    store_tile(key_gradient, c[0] * dk, first, keys, block_keys, dim, width)
+    store_tile(value_gradient, dv, first, keys, block_keys, dim, width)
