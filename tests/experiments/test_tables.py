@@ -7,7 +7,8 @@ import pytest
 
 from experiments import modulators, normalizers
 from experiments.results import collect, load, paired_difference
-from experiments.table1 import rows, write
+from experiments.table1 import TABLE
+from experiments.table2 import TABLE as LANGUAGE
 
 
 def result(experiment="deit_softmax", seed=0, top1=80.0, config_hash="aaaa", split="test"):
@@ -35,7 +36,7 @@ def test_table_has_means_spread_and_paired_differences_and_empty_cells(tmp_path)
     softmax, multimax = [80.0, 82.0, 81.0], [81.0, 82.5, 82.5]
     store(tmp_path, [result(seed=s, top1=v) for s, v in enumerate(softmax)])
     store(tmp_path, [result("deit_multimax", s, v) for s, v in enumerate(multimax)])
-    table, caption = rows("small", tmp_path)
+    table, caption = TABLE.rows("small", tmp_path)
     by_name = {row["attention"]: row for row in table}
     assert by_name["SoftMax"]["top-1 %"] == "81.00"
     assert by_name["SoftMax"]["minus SoftMax"] == ""
@@ -46,6 +47,20 @@ def test_table_has_means_spread_and_paired_differences_and_empty_cells(tmp_path)
     assert by_name["MultiMax"]["95 % CI"] == f"±{half:.2f}"
     assert set(by_name["sparsemax"].values()) == {"sparsemax", ""}
     assert "2,000" in caption
+
+
+def test_a_second_figure_has_its_mean_and_may_be_missing(tmp_path):
+    runs = [result("lm_softmax", seed) for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        run["metrics"]["test"] |= {"perplexity": 100.0 + seed, "bits_per_byte": 2.0 + seed}
+    sparse = result("lm_sparsemax")
+    sparse["metrics"]["test"]["smoothed_perplexity"] = 120.0
+    store(tmp_path, [*runs, sparse])
+    rows = {row["attention"]: row for row in LANGUAGE.rows("small", tmp_path)[0]}
+    softmax = rows["SoftMax"]
+    figures = (softmax["perplexity"], softmax["sd"], softmax["bits per byte"])
+    assert figures == ("100.500", "0.707", "2.500")
+    assert (rows["sparsemax"]["seeds"], rows["sparsemax"]["perplexity"]) == ("1", "")
 
 
 def test_pairs_are_made_by_seed():
@@ -62,7 +77,7 @@ def test_one_experiment_with_two_configurations_is_refused(tmp_path):
 
 def test_table_files_hold_the_same_cells(tmp_path):
     store(tmp_path / "runs", [result(seed=s, top1=80 + s) for s in range(2)])
-    files = write("small", tmp_path, tmp_path / "runs")
+    files = TABLE.write("small", tmp_path, tmp_path / "runs")
     with files[2].open() as stream:
         read = list(csv.DictReader(stream))
     assert (read[0]["attention"], read[0]["top-1 %"]) == ("SoftMax", "80.50")
