@@ -91,14 +91,14 @@ class Table:
         """Write the table as .md, .tex and .csv."""
         rows, caption = self.rows(scale, source)
         texts = {
-            ".md": self._markdown(rows, caption),
-            ".tex": self._latex(rows, caption),
-            ".csv": self._csv(rows),
+            ".md": self._markdown(rows, caption).encode(),
+            ".tex": self._latex(rows, caption).encode(),
+            ".csv": self._csv(rows).encode(),
         }
         paths = []
-        for suffix, text in texts.items():
+        for suffix, content in texts.items():
             paths.append((target / f"{self.name}_{scale}").with_suffix(suffix))
-            write_atomically(paths[-1], lambda stream, c=text.encode(): stream.write(c))
+            write_atomically(paths[-1], lambda stream, c=content: stream.write(c))
         return paths
 
     def _markdown(self, rows: list[dict[str, str]], caption: str) -> str:
