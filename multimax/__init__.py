@@ -5,7 +5,14 @@ same name is imported from there.
 """
 
 from multimax import normalizers
-from multimax.losses import entmax15_loss, fenchel_young_loss, output_loss, sparsemax_loss
+from multimax.kernels.backend import use_backend
+from multimax.losses import (
+    entmax15_loss,
+    fenchel_young_loss,
+    linear_output_loss,
+    output_loss,
+    sparsemax_loss,
+)
 from multimax.metrics import (
     NormalizerRecorder,
     entropy,
@@ -26,6 +33,7 @@ __all__ = [
     "entmax15_loss",
     "entropy",
     "fenchel_young_loss",
+    "linear_output_loss",
     "mean_of_defined",
     "modulator_health",
     "multi_modality",
@@ -36,5 +44,6 @@ __all__ = [
     "sparsity",
     "support_size",
     "top_k_mass",
+    "use_backend",
 ]
 __all__ += normalizers.__all__
