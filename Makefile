@@ -45,8 +45,11 @@ lint: setup ## ruff: lint and format
 types: setup ## pyright on the package
 	$(RUN) -m pyright
 
-benchmark: setup ## speed of every normalizer next to torch.softmax and the entmax package
+benchmark: setup ## speed and memory next to torch, timm, the entmax package and the official code
 	$(RUN) -m benchmarks.normalizers
+	$(RUN) -m benchmarks.attention
+	$(RUN) -m benchmarks.deit_step
+	$(RUN) -m benchmarks.output_layer
 
 clean: ## remove .venv and caches; outputs/ stays
 	rm -rf $(VENV) $(FAIRSEQ_VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

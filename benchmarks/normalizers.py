@@ -1,103 +1,168 @@
-"""Time of every normalizer, forward and backward, next to torch.softmax and the entmax package.
+"""Time and memory of every normalizer next to torch.softmax and the entmax package.
 
-python -m benchmarks.normalizers                       # 8 x 6 x 196 x 196, one thread
-python -m benchmarks.normalizers --shape 16 50000 --threads 2
+python -m benchmarks.normalizers                       # rows of 196 to 267,744, one thread
+python -m benchmarks.normalizers --shapes 8x6x196x196 16x50000 --threads 2
 """
 
-import argparse
-import csv
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import entmax as entmax_package
 import torch
-from rich.console import Console
-from rich.table import Table
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
 
-from benchmarks.timing import quantiles, time_interleaved
-from multimax import build_normalizer, registered_normalizers
-from multimax.training.result import environment
+from benchmarks.formulations import official_multimax, script
+from benchmarks.report import (
+    BLUE,
+    GREY,
+    ORANGE,
+    Row,
+    arguments_of,
+    finish,
+    measure,
+    print_table,
+)
+from benchmarks.timing import Workload
+from multimax import build_normalizer
+from multimax.kernels.backend import use_backend
 
-RESULTS = Path("results/benchmarks")
+SHAPES = ("8x6x196x196", "2x1024x1024", "16x50000", "8x267744")
+WARMUP = {"shape": "2x8"}
+PROVIDERS = (
+    "torch.softmax",
+    "SoftMax",
+    "MultiMax",
+    "MultiMax, eager",
+    "MultiMax, official",
+    "MultiMax, official, TorchScript",
+    "top-k",
+    "evidential SoftMax",
+    "sparsemax",
+    "entmax package: sparsemax",
+    "entmax package: sparsemax, k = 100",
+    "1.5-entmax",
+    "entmax package: 1.5-entmax",
+    "entmax package: 1.5-entmax, k = 100",
+)
+OURS = {
+    "SoftMax": "softmax",
+    "MultiMax": "multimax",
+    "MultiMax, eager": "multimax",
+    "top-k": "topk",
+    "evidential SoftMax": "evsoftmax",
+    "sparsemax": "sparsemax",
+    "1.5-entmax": "entmax15",
+}
+COLUMNS = {
+    "provider": "provider",
+    "forward_ms": "forward, ms",
+    "backward_ms": "backward, ms",
+    "step_ms": "both, ms",
+    "step_range": "p20 - p80",
+    "step_ratio": "ratio",
+    "activation_scores": "held, x scores",
+    "peak_mib": "peak, MiB",
+}
 
 
-def providers(scores: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Everything that is timed, by name."""
-    keep = max(1, scores.size(-1) // 2)
-    ours = {
-        f"multimax/{name}": build_normalizer(name, **({"k": keep} if name == "topk" else {}))
-        for name in registered_normalizers()
-    }
-    peers: dict[str, Any] = {
-        "torch.softmax": lambda x: torch.softmax(x, -1),
-        "entmax/sparsemax": lambda x: entmax_package.sparsemax(x, dim=-1),
-        "entmax/sparsemax k=100": lambda x: entmax_package.sparsemax(x, dim=-1, k=100),
-        "entmax/entmax15": lambda x: entmax_package.entmax15(x, dim=-1),
-        "entmax/entmax15 k=100": lambda x: entmax_package.entmax15(x, dim=-1, k=100),
-        "entmax/entmax_bisect": lambda x: entmax_package.entmax_bisect(x, 1.5),
-    }
-    return peers | ours
-
-
-def measure(shape: list[int], threads: int, rounds: int) -> list[dict[str, Any]]:
-    """One row for each provider, with the ratio of its median to that of torch.softmax."""
-    torch.set_num_threads(threads)
+def workloads(providers: Sequence[str], shape: str) -> dict[str, Workload]:
+    """Forward and backward pass over scores of a shape such as "16x50000", by provider."""
     torch.manual_seed(0)
-    scores = torch.randn(shape, requires_grad=True)
-    upstream = torch.randn(shape)
+    scores = torch.randn([int(size) for size in shape.split("x")], requires_grad=True)
+    upstream = torch.randn(scores.shape)
+    made = {}
+    for name in providers:
+        torch.manual_seed(0)  # the same MultiMax everywhere
+        normalize, parameters = _build(name, scores.size(-1))
 
-    def step(normalize: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
-        def call() -> None:
-            scores.grad = None
-            normalize(scores).backward(upstream)
+        def forward(_: Any, normalize: Callable[[Tensor], Tensor] = normalize) -> Tensor:
+            return normalize(scores)
 
-        return call
-
-    steps = {name: step(normalize) for name, normalize in providers(scores).items()}
-    seconds = time_interleaved(steps, rounds)
-    rows: list[dict[str, Any]] = [
-        {"provider": name, **quantiles(times)} for name, times in seconds.items()
-    ]
-    softmax = rows[0]["median_ms"]
-    return [row | {"to_softmax": row["median_ms"] / softmax} for row in rows]
+        phases = {"forward": forward, "backward": lambda p: p.backward(upstream)}
+        made[name] = Workload(phases, [scores, upstream, *parameters])
+    return made
 
 
-def main() -> None:
-    """Measure, print and write `results/benchmarks/normalizers_<shape>.csv`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", type=int, nargs="+", default=[8, 6, 196, 196])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    rows = measure(arguments.shape, arguments.threads, arguments.rounds)
+def _build(name: str, length: int) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
+    """A normalizer of the last dimension, and its parameters."""
+    if name == "torch.softmax":
+        return lambda x: torch.softmax(x, -1), []
+    if name.startswith("entmax package"):
+        peer = entmax_package.sparsemax if "sparsemax" in name else entmax_package.entmax15
+        options = {"k": 100} if name.endswith("100") else {}
+        return lambda x: peer(x, dim=-1, **options), []
+    if name.startswith("MultiMax, official"):
+        ts, ranges = build_normalizer("multimax").parameters()
+        function = script(official_multimax) if name.endswith("Script") else official_multimax
+        return lambda x: function(x, ts, ranges), [ts, ranges]
+    options = {"k": max(1, length // 2)} if name == "top-k" else {}
+    normalizer = build_normalizer(OURS[name], **options)
+    parameters: list[Tensor] = list(normalizer.parameters())
+    return (_eager(normalizer) if name.endswith("eager") else normalizer), parameters
 
-    size = "x".join(map(str, arguments.shape))
-    facts = environment()
-    table = Table(title=f"forward + backward, fp32, {size}, {arguments.threads} thread(s)")
-    for column in ("provider", "median ms", "p20", "p80", "x torch.softmax"):
-        table.add_column(column, justify="left" if column == "provider" else "right")
-    for row in rows:
-        numbers = (row["median_ms"], row["p20_ms"], row["p80_ms"], row["to_softmax"])
-        table.add_row(row["provider"], *(f"{number:.2f}" for number in numbers))
-    Console().print(table)
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"normalizers_{size}.csv"
-    context = {
-        "shape": size,
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-        "torch": torch.__version__,
-        "entmax": getattr(entmax_package, "__version__", ""),
-        "device": facts["hardware"]["device"],
-        "commit": facts["commit"],
-    }
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*rows[0], *context])
-        writer.writeheader()
-        writer.writerows(row | context for row in rows)
-    print(path)
+def _eager(normalizer: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def normalize(scores: Tensor) -> Tensor:
+        with use_backend("eager"):
+            return normalizer(scores)
+
+    return normalize
+
+
+def draw(rows: Sequence[Row]) -> Figure:
+    """Time as multiple of the baseline's, a panel for each shape; and memory for the last shape."""
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    figure = Figure(figsize=(3.6 + 2.3 * (len(shapes) + 1), 5), layout="constrained")
+    *panels, memory = figure.subplots(1, len(shapes) + 1, sharey=True)
+    of_shape: list[Row] = []
+    for axes, shape in zip(panels, shapes, strict=True):
+        of_shape = [row for row in rows if row["shape"] == shape]
+        _draw_bars(axes, of_shape, "step_ratio")
+        lengths = " x ".join(f"{int(size):,}" for size in shape.split("x"))
+        axes.set(title=f"forward + backward\n{lengths}", xscale="log")
+        axes.set_xlabel(f"time, multiple of\n{rows[0]['provider']}")
+        axes.xaxis.set_major_formatter("{x:g}")
+    for axes in panels:
+        axes.set_xlim(0.5, 4 * max(row.get("step_ratio", 1) for row in rows))
+    _draw_bars(memory, of_shape, "activation_scores")
+    memory.set_title("memory held for backward,\nbesides the scores")
+    memory.set_xlabel("multiple of the size\nof the scores")
+    panels[0].invert_yaxis()
+    kinds = {"MultiMax": ORANGE, "other functions of this library": BLUE}
+    kinds["torch, entmax package, official formulation"] = GREY
+    handles = [Patch(color=color, label=label) for label, color in kinds.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Row], key: str) -> None:
+    names = [row["provider"] for row in rows]
+    colors = [BLUE if name in OURS else GREY for name in names]
+    colors = [ORANGE if name == "MultiMax" else c for name, c in zip(names, colors, strict=True)]
+    bars = axes.barh(names, [row.get(key, float("nan")) for row in rows], color=colors)
+    axes.bar_label(bars, fmt="%.2g", padding=2, fontsize=8)
+    axes.margins(x=0.25)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def main(command: Sequence[str] | None = None) -> None:
+    """Measure, print and write `normalizers.csv` and its figure."""
+    parser = arguments_of(__doc__, PROVIDERS, rounds=25)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="such as 16x50000")
+    arguments = parser.parse_args(command)
+    rows: list[Row] = []
+    for shape in arguments.shapes:
+        measured = measure(workloads, {"shape": shape}, WARMUP, arguments)
+        elements = torch.Size(int(size) for size in shape.split("x")).numel()
+        for row in measured:
+            if "activation_mib" in row:
+                row["activation_scores"] = row["activation_mib"] * 2**20 / (4 * elements)
+        print_table(f"{shape}, fp32, {arguments.threads} thread(s)", measured, COLUMNS)
+        rows += measured
+    finish("normalizers", rows, arguments.threads, arguments.results, draw)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,84 @@
-"""Timing of several providers of the same result, interleaved so that drift hits all alike."""
+"""Time of several providers of the same result, interleaved so that drift hits all alike."""
 
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
+import numpy as np
+from torch import Tensor
+
+INFERENCE = "inference"
+LEAST_ROUNDS = 3  # even where they take longer than they may
 
 
-def time_interleaved(
-    providers: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each call, by provider: every round calls all of them in turn.
+@dataclass(frozen=True)
+class Workload:
+    """What a provider does in each round.
+
+    Attributes:
+        phases: by name and in order; each is called with what the one before has returned. Their
+            sum is a step, but for "inference", which is a phase of its own.
+        leaves: tensors that exist before a round; their gradients are dropped between rounds.
+    """
+
+    phases: Mapping[str, Callable[[Any], Any]]
+    leaves: Sequence[Tensor]
+
+    def drop_gradients(self) -> None:
+        """As `zero_grad(set_to_none=True)`."""
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+def time_phases(
+    workloads: Mapping[str, Workload], rounds: int, seconds: float, warmup: int = 2
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each phase and of the "step" that they add up to, by provider.
+
+    Every round runs all providers, each time in another order.
 
     Args:
-        providers: what to call, by name.
-        rounds: counted calls of each provider.
+        workloads: by provider.
+        rounds: counted rounds, at most.
+        seconds: no round starts after as many, once there are three.
         warmup: rounds before these, not counted.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in providers}
-    for turn in range(warmup + rounds):
-        for name, call in providers.items():
-            _synchronize()
+    names = list(workloads)
+    times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    started = time.perf_counter()
+    for turn in range(-warmup, rounds):
+        if turn == 0:
             started = time.perf_counter()
-            call()
-            _synchronize()
-            if turn >= warmup:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+        if turn >= LEAST_ROUNDS and time.perf_counter() - started > seconds:
+            break
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            for phase, elapsed in _time_round(workloads[name]).items():
+                if turn >= 0:
+                    times[name].setdefault(phase, []).append(elapsed)
+    return times
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _time_round(workload: Workload) -> dict[str, float]:
+    workload.drop_gradients()
+    elapsed: dict[str, float] = {}
+    value: Any = None
+    for phase, call in workload.phases.items():
+        started = time.perf_counter()
+        value = call(value)
+        elapsed[phase] = time.perf_counter() - started
+    workload.drop_gradients()
+    step = sum(seconds for phase, seconds in elapsed.items() if phase != INFERENCE)
+    return elapsed | {"step": step}
 
 
-def quantiles(seconds: list[float]) -> dict[str, float]:
-    """Median, 20 % and 80 % quantile in milliseconds."""
-    fifths = statistics.quantiles(seconds, n=5)
-    return {
-        "median_ms": 1e3 * statistics.median(seconds),
-        "p20_ms": 1e3 * fifths[0],
-        "p80_ms": 1e3 * fifths[3],
-    }
+def quantiles(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Median, 20 % and 80 % quantile of each phase in milliseconds, by name of the column."""
+    columns: dict[str, float] = {}
+    for phase, values in seconds.items():
+        low, median, high = np.quantile(values, (0.2, 0.5, 0.8)).tolist()
+        columns[f"{phase}_ms"] = 1e3 * median
+        columns[f"{phase}_p20_ms"] = 1e3 * low
+        columns[f"{phase}_p80_ms"] = 1e3 * high
+    return columns

@@ -1,0 +1,193 @@
+import csv
+import itertools
+import json
+import subprocess
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import attention, deit_step, memory, normalizers, output_layer, report, training
+from benchmarks.timing import Workload, quantiles, time_phases
+
+SHARED = {"dtype", "threads", "device", "torch", "timm", "entmax", "compiler", "commit"}
+TIMES = {f"{phase}{part}_ms" for phase in ("forward", "step") for part in ("", "_p20", "_p80")}
+SMALL = {
+    attention: {"tokens": 6, "batch": 2, "causal": True},
+    deit_step: {"batch": 2, "image_size": 32, "depth": 1, "compiled": False},
+    normalizers: {"shape": "3x2x12"},
+    output_layer: {"vocabulary": 30, "tokens": 5},
+}
+COMMANDS = [
+    (attention, ["--tokens", "4", "--causal"], "attention_causal", {"tokens", "batch"}),
+    (deit_step, ["--batch", "1", "--image-size", "32", "--depth", "1"], "deit_step", {"depth"}),
+    (normalizers, ["--shapes", "2x8", "4x4"], "normalizers", {"shape", "activation_scores"}),
+    (output_layer, ["--vocabularies", "9", "16", "--tokens", "2"], "output_layer", {"vocabulary"}),
+]
+EQUAL = [
+    (attention, ["SDPA", "SoftMax", "SoftMax, eager"]),
+    (attention, [name for name in attention.PROVIDERS if name.startswith("MultiMax")]),
+    (deit_step, ["timm", "SoftMax"]),
+    (deit_step, [n for n in deit_step.PROVIDERS if n.startswith("MultiMax") and "also" not in n]),
+    (normalizers, ["torch.softmax", "SoftMax"]),
+    (normalizers, [name for name in normalizers.PROVIDERS if name.startswith("MultiMax")]),
+    (normalizers, [name for name in normalizers.PROVIDERS if "sparsemax" in name]),
+    (normalizers, [name for name in normalizers.PROVIDERS if "1.5-entmax" in name]),
+    (output_layer, [*output_layer.PROVIDERS[:-7], "SoftMax"]),
+    (output_layer, ["MultiMax", "MultiMax, eager"]),
+    (output_layer, ["sparsemax", "sparsemax, eager"]),
+    (output_layer, ["1.5-entmax", "1.5-entmax, eager"]),
+]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small batches, and numbers in the place of memory measured in processes of their own."""
+
+    def measure(module, provider, options, warmup, threads):
+        return {"activation_mib": 2.0, "peak_mib": 3.0}
+
+    monkeypatch.setattr(report, "measure_memory", measure)
+    monkeypatch.setattr(attention, "SCORES", 200)
+
+
+def read(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize(("module", "command", "name", "columns"), COMMANDS)
+def test_command_writes_csv_and_figure(module, command, name, columns, tmp_path, small):
+    common = ["--rounds", "2", "--threads", "1", "--results", str(tmp_path)]
+    module.main([*command, *common])
+    rows = read(tmp_path / "benchmarks" / f"{name}.csv")
+    assert set(rows[0]) >= SHARED | TIMES | columns | {"provider", "rounds", "peak_mib"}
+    assert {row["provider"] for row in rows} == set(module.PROVIDERS)
+    assert all(float(row["step_ms"]) > 0 and row["rounds"] == "2" for row in rows)
+    assert float(rows[0]["step_ratio"]) == 1
+    assert (tmp_path / "figures" / f"benchmark_{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("module", "names"), EQUAL)
+def test_providers_compute_the_same(module, names):
+    made = module.workloads(names, **SMALL[module])
+    results = {name: first_step(workload) for name, workload in made.items()}
+    for first, second in itertools.pairwise(names):
+        assert len(results[first]) >= 2
+        for one, other in zip(results[first], results[second], strict=False):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def first_step(workload: Workload) -> list[Tensor]:
+    """The result and all gradients, sorted by shape; those of the modulator come last."""
+    workload.drop_gradients()
+    forward, backward = (workload.phases[name] for name in ("forward", "backward"))
+    out = forward(None)
+    backward(out)
+    grads = [leaf.grad.clone() for leaf in workload.leaves if leaf.grad is not None]
+    return [out.detach(), *sorted(grads, key=lambda grad: (grad.shape == (4,), grad.shape))]
+
+
+def test_memory_of_attention_is_that_of_its_scores():
+    options = {"tokens": 256, "batch": 1, "causal": False}
+    warmup = {"tokens": 4, "batch": 1, "causal": False}
+    scores = attention.HEADS * 256**2 * 4 / 2**20
+    found = memory.measure_memory("benchmarks.attention", "SoftMax, eager", options, warmup, 1)
+    assert found is not None
+    assert scores <= found["activation_mib"] < 3 * scores
+    assert found["activation_mib"] < found["peak_mib"] < 10 * scores
+
+
+def test_activations_are_what_is_held_after_the_forward_pass():
+    x = torch.randn(1000, requires_grad=True)
+    assert memory.activation_bytes(lambda: x.exp(), [x]) == 4000
+    assert memory.activation_bytes(lambda: x * x, [x]) == 0
+
+    def forgets():
+        torch.autograd.grad(x.exp().sum(), x)
+        return x.sum()
+
+    assert memory.activation_bytes(forgets, [x]) == 0
+
+
+def test_out_of_memory_leaves_the_numbers_empty(monkeypatch, tmp_path):
+    def measure(module, provider, *_):
+        return None if "eager" in provider else {"activation_mib": 2.0, "peak_mib": 3.0}
+
+    monkeypatch.setattr(report, "measure_memory", measure)
+    names = ["MultiMax", "MultiMax, eager"]
+    output_layer.main(
+        ["--vocabularies", "9", "--tokens", "2", "--results", str(tmp_path), "--providers", *names]
+    )
+    fits, lacks = read(tmp_path / "benchmarks" / "output_layer.csv")
+    assert fits["step_ms"]
+    assert lacks["rounds"] == "0"
+    assert lacks["step_ms"] == lacks["peak_mib"] == ""
+
+
+def test_rounds_are_interleaved_and_bounded():
+    order: list[str] = []
+
+    def provider(name):
+        return Workload({"forward": lambda _: order.append(name)}, [])
+
+    made = {name: provider(name) for name in "abc"}
+    times = time_phases(made, rounds=9, seconds=0, warmup=0)
+    assert "".join(order) == "abcbcacab"
+    assert {len(phases["step"]) for phases in times.values()} == {3}
+
+
+def test_inference_is_no_part_of_the_step():
+    phases = {"forward": lambda _: 1, "backward": lambda value: value, "inference": lambda _: 2}
+    times = time_phases({"a": Workload(phases, [])}, rounds=3, seconds=0)["a"]
+    for forward, backward, step in zip(
+        times["forward"], times["backward"], times["step"], strict=True
+    ):
+        assert step == forward + backward
+
+
+def test_quantiles_are_in_milliseconds():
+    columns = quantiles({"step": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]})
+    expected = {"step_ms": 3500, "step_p20_ms": 2000, "step_p80_ms": 5000}
+    assert columns == pytest.approx(expected)
+
+
+TRAIN = """
+import json, pathlib, subprocess, sys
+options = dict(argument.split("=") for argument in sys.argv[1:])
+commit = subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+result = {"commit": commit, "training_seconds": SECONDS, "peak_memory_mib": {"host": 100.0}}
+folder = pathlib.Path(options["output_dir"]) / options["experiment"]
+folder.mkdir()
+(folder / "result.json").write_text(json.dumps(result))
+"""
+
+
+def test_training_compares_the_working_tree_with_a_commit(tmp_path, monkeypatch):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    monkeypatch.chdir(repository)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    script = repository / "train.py"
+    subprocess.run([*git, "init", "-q"], check=True)
+    script.write_text(TRAIN.replace("SECONDS", "4.0"))
+    subprocess.run([*git, "add", "train.py"], check=True)
+    subprocess.run([*git, "commit", "-qm", "slow"], check=True)
+    script.write_text(TRAIN.replace("SECONDS", "1.0"))
+
+    options = ["--updates", "3", "--rounds", "2", "--results", str(tmp_path)]
+    training.main(["--commit", "HEAD", "--experiment", "lm", "mt", *options])
+    rows = read(tmp_path / "benchmarks" / "training.csv")
+    assert [row["experiment"] for row in rows] == ["lm", "lm", "mt", "mt"]
+    assert [float(row["step_ratio"]) for row in rows] == [1, 0.25, 1, 0.25]
+    assert set(rows[0]) >= SHARED | {"updates", "peak_mib", "peak_ratio", "step_p20_ms"}
+    assert (tmp_path / "figures" / "benchmark_training.png").exists()
+    trees = subprocess.check_output(["git", "worktree", "list"], text=True)
+    assert len(trees.splitlines()) == 1
+
+
+def test_memory_command_prints_json(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "limit_to_free_memory", lambda: None)
+    task = {"provider": "torch.softmax", "options": {"shape": "4x8"}, "warmup": None, "threads": 1}
+    memory.main(["benchmarks.normalizers", json.dumps(task)])
+    assert json.loads(capsys.readouterr().out)["activation_mib"] == 4 * 8 * 4 / 2**20
