@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import cast
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multimax.kernels import rows
-from multimax.kernels.backend import check_backend, chosen_backend
+from multimax.kernels.backend import check_backend, chosen_backend, use_backend
 from multimax.kernels.blockwise import blockwise_attention
 from multimax.normalizers import ModulatedSoftMax, Normalizer
 from multimax.normalizers.base import check_mask, to_compute_precision
@@ -51,21 +52,24 @@ def attention(
         (..., queries, value_dim); zeros for a query that may attend to nothing.
 
     Raises:
-        ValueError: `mask` is not boolean, the heads of query and key do not fit together, or
-            `backend` is unknown or cannot compute this.
+        ValueError: `mask` is not boolean, the shapes of query, key and value do not fit together,
+            `dropout` is out of range, or `backend` is unknown or cannot compute this.
     """
     check_mask(mask)
+    _check(query, key, value, dropout)
     if scale is None:
         scale = 1 / math.sqrt(query.size(-1))
-    kernel = _choose(backend or chosen_backend(), query, key, value, normalizer)
+    name = chosen_backend() if backend is None else backend
+    kernel = _choose(name, query, key, value, normalizer)
     if kernel is None:
         key, value = _repeat_heads(query, key, value)
-        return eager_attention(query, key, value, normalizer, mask, causal, dropout, scale)
-    q, k, v, mask = _four_dimensions(query, key, value, mask)
+        with nullcontext() if backend is None else use_backend(backend):  # of the normalizer too
+            return eager_attention(query, key, value, normalizer, mask, causal, dropout, scale)
+    q, k, v, mask, leading = _four_dimensions(query, key, value, mask)
     dtype = to_compute_precision(query[:0]).dtype
     coefficients = cast(ModulatedSoftMax, normalizer).coefficients(dtype, query.device)
     out = kernel(q, k, v, coefficients, mask, causal, dropout, scale)
-    return out.reshape(*query.shape[:-1], value.size(-1))
+    return out.reshape(*leading, *out.shape[-2:])
 
 
 def eager_attention(
@@ -92,6 +96,17 @@ def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> 
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
+def _check(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
+    """Raise ValueError for what the kernels, which take addresses, would not notice."""
+    if query.size(-1) != key.size(-1) or key.size(-2) != value.size(-2):
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}: "
+            "query and key must have one head_dim, key and value one number of keys"
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
 def _choose(
     name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: Normalizer
 ) -> Callable[..., Tensor] | None:
@@ -101,7 +116,8 @@ def _choose(
         return None
     if name == "auto":
         # Hooks want to see the scores and the probabilities, which a kernel never holds.
-        if normalizer._forward_hooks or normalizer._forward_pre_hooks:
+        hooks = (normalizer._forward_pre_hooks, normalizer._forward_hooks)
+        if any(hooks) or normalizer._backward_pre_hooks or normalizer._backward_hooks:
             return None
         name = "triton" if query.device.type == "cuda" else "blockwise"
         return None if _obstacle(name, query, key, value, normalizer) else _KERNELS[name]
@@ -167,11 +183,14 @@ def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Te
 
 def _four_dimensions(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Tensors of (batch, heads, tokens, dim), as the kernels take them, and their mask."""
-    if query.dim() == key.dim() == value.dim() == 4 and query.size(0) == key.size(0):
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, torch.Size]:
+    """Tensors of (batch, heads, tokens, dim), as the kernels take them, their mask, and the
+    dimensions of the result before (queries, dim).
+    """
+    fits = query.dim() == key.dim() == 4 and query.size(0) == key.size(0)
+    if fits and key.shape[:-2] == value.shape[:-2]:
         _repeat_heads(query[:0], key[:0], value[:0])  # for its check of the heads
-        return query, key, value, mask
+        return query, key, value, mask, query.shape[:-2]
     key, value = _repeat_heads(query, key, value)
     leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     if mask is not None:
@@ -181,4 +200,4 @@ def _four_dimensions(
         tensors = [t.unsqueeze(0) for t in tensors]
         mask = mask if mask is None else mask.unsqueeze(0)
     query, key, value = (t.flatten(0, -4) for t in tensors)
-    return query, key, value, mask if mask is None else mask.flatten(0, -4)
+    return query, key, value, mask if mask is None else mask.flatten(0, -4), leading

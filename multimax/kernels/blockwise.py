@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from multimax.kernels import compiled
+from multimax.kernels.compiled import address
 from multimax.kernels.rows import contiguous_rows, order_of
 
 
@@ -99,7 +100,7 @@ def _attention_forward(
     out = q.new_empty(*q.shape[:-1], v.size(-1))
     statistics = q.new_empty(*q.shape[:-1], 2)
     task = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
-    task.out, task.statistics = out.data_ptr(), statistics.data_ptr()
+    task.out, task.statistics = address(out), address(statistics)
     compiled.call(q.dtype, "attention_forward", task)
     return out.to(query.dtype), statistics
 
@@ -131,11 +132,11 @@ def _attention_backward(
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     sums = torch.zeros(coefficients.shape, dtype=torch.float64)
     task = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
-    task.out, task.statistics = of_out.data_ptr(), statistics.data_ptr()
-    task.d_out, task.d_out_strides = d_out.data_ptr(), _strides(d_out)
-    task.d_query, task.d_key, task.d_value = dq.data_ptr(), dk.data_ptr(), dv.data_ptr()
+    task.out, task.statistics = address(of_out), address(statistics)
+    task.d_out, task.d_out_strides = address(d_out), _strides(d_out)
+    task.d_query, task.d_key, task.d_value = address(dq), address(dk), address(dv)
     if learned:
-        task.sums = sums.data_ptr()
+        task.sums = address(sums)
     compiled.call(q.dtype, "attention_backward", task)
     sums[0] *= scale
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), sums.to(coefficients.dtype)
@@ -155,16 +156,16 @@ def _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale) -> Any:
     task = compiled.Attention(
         batch=q.size(0), heads=q.size(1), key_heads=k.size(1), queries=q.size(2), keys=k.size(2),
         dim=q.size(3), value_dim=v.size(3),
-        query=q.data_ptr(), key=k.data_ptr(), value=v.data_ptr(),
+        query=address(q), key=address(k), value=address(v),
         query_strides=_strides(q), key_strides=_strides(k), value_strides=_strides(v),
         causal=causal, dropout=dropout, seed=0 if seed is None else int(seed),
         threads=torch.get_num_threads(), order=order_of(coefficients),
-        coefficients=folded.data_ptr(),
+        coefficients=address(folded),
     )  # fmt: skip
     task.held = [folded]
     if mask is not None:
         mask = contiguous_rows(mask.expand(*q.shape[:3], k.size(2)))
-        task.mask, task.mask_strides = mask.data_ptr(), _strides(mask)
+        task.mask, task.mask_strides = address(mask), _strides(mask)
         task.held.append(mask)
     return task
 

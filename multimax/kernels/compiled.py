@@ -4,10 +4,12 @@ They need a C compiler (`CC`, else `cc`, `gcc` or `clang`) and no header but C's
 two seconds. Without one, everything runs on torch operations, and `unavailable()` says why.
 """
 
+import atexit
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -64,6 +66,7 @@ SIGNATURES = {
     "softmax_backward": [_ROWS, _INT, *[_POINTER] * 6],
     "threshold_forward": [_ROWS, _INT, *[_POINTER] * 2],
     "threshold_backward": [_ROWS, _INT, *[_POINTER] * 3],
+    "kth_largest": [_ROWS, _INT64, *[_POINTER] * 2],
     "attention_forward": [_ATTENTION],
     "attention_backward": [_ATTENTION],
     "cross_entropy": [
@@ -82,7 +85,7 @@ def call(dtype: torch.dtype, function: str, *arguments: object) -> None:
     Raises:
         MemoryError: there is no memory for its working space.
     """
-    pointers = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    pointers = [address(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     library = _library_or_reason(dtype)
     if isinstance(library, str):
         raise RuntimeError(library)
@@ -90,15 +93,31 @@ def call(dtype: torch.dtype, function: str, *arguments: object) -> None:
         raise MemoryError(f"no memory for the working space of {function}")
 
 
-@cache
+def address(tensor: torch.Tensor) -> int:
+    """Where a tensor's data lie; ValueError if that is not in the memory of the CPU."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"a tensor is on {tensor.device}, the others are on the CPU")
+    return tensor.data_ptr()
+
+
 def unavailable() -> str | None:
     """Why there are no compiled kernels, which is also warned of once; None if there are.
 
     The first call compiles them if need be.
     """
+    return _warn_if_unavailable()
+
+
+# As torch.compiler.assume_constant_result does, which takes a second to import: torch.compile calls
+# the function rather than tracing it.
+unavailable._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+@cache
+def _warn_if_unavailable() -> str | None:
     reason = _library_or_reason(torch.float32)
     if isinstance(reason, str):
-        warnings.warn(f"multimax runs without its compiled CPU kernels: {reason}", stacklevel=2)
+        warnings.warn(f"multimax runs without its compiled CPU kernels: {reason}", stacklevel=3)
         return reason
     return None
 
@@ -107,25 +126,29 @@ def unavailable() -> str | None:
 def _library_or_reason(dtype: torch.dtype) -> ctypes.CDLL | str:
     compiler = _compiler()
     if compiler is None:
-        return "no C compiler was found; install gcc or clang, or set CC"
+        wanted = os.environ.get("CC")
+        missing = f"CC is {wanted!r}, which is not" if wanted else "no C compiler was"
+        return f"{missing} found; install gcc or clang, or set CC"
     try:
         library = ctypes.CDLL(str(_compile(compiler, dtype)))
     except (OSError, subprocess.SubprocessError) as error:
         details = getattr(error, "stderr", None) or str(error)
-        return f"{compiler} failed: {details.strip()[-500:]}"
+        return f"{shlex.join(compiler)} failed: {details.strip()[-500:]}"
     for name, arguments in SIGNATURES.items():
         getattr(library, name).argtypes = arguments
     return library
 
 
-def _compiler() -> str | None:
+def _compiler() -> list[str] | None:
+    """Its command, which may have arguments, as in CC="ccache gcc"."""
     wanted = os.environ.get("CC")
     if wanted:
-        return shutil.which(wanted.split()[0])
-    return next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+        command = shlex.split(wanted)
+        return command if shutil.which(command[0]) else None
+    return next(([path] for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
 
 
-def _compile(compiler: str, dtype: torch.dtype) -> Path:
+def _compile(compiler: list[str], dtype: torch.dtype) -> Path:
     """The shared library of this compiler, processor and source, compiled unless it is kept."""
     sources = {
         path.name: path.read_bytes()
@@ -134,27 +157,33 @@ def _compile(compiler: str, dtype: torch.dtype) -> Path:
         )
         if path.name.endswith((".c", ".h"))
     }
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    described = [*sources.values(), version, repr((FLAGS, OPTIONAL, _processor())).encode()]
-    digest = hashlib.sha256(b"\0".join(described)).hexdigest()[:16]
-    name = "double" if dtype == torch.float64 else "float"
-    cached = _cache() / f"kernels-{name}-{digest}.so"
-    if not cached.exists():
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
-            for file, content in sources.items():
-                (Path(folder) / file).write_bytes(content)
-            units = [str(Path(folder) / file) for file in sources if file.endswith(".c")]
-            macros = ["-DDOUBLE"] if name == "double" else []
-            built = Path(folder) / "kernels.so"
-            _run_compiler(compiler, [*macros, *units, "-o", str(built), "-lm"])
-            os.replace(built, cached)  # several processes may compile at once
-    return cached
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
+    described = [version.stdout, repr((compiler, FLAGS, OPTIONAL, _processor()))]
+    digest = _digest(b"\0".join([*sources.values(), *(text.encode() for text in described)]))
+    name = f"kernels-{'double' if dtype == torch.float64 else 'float'}-{digest}"
+    # A name ends with the digest of its content: loading half a file would end the process.
+    for kept in _cache().glob(f"{name}-*.so"):
+        if kept.stem == f"{name}-{_digest(kept.read_bytes())}":
+            return kept
+    with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+        for file, content in sources.items():
+            (Path(folder) / file).write_bytes(content)
+        units = [str(Path(folder) / file) for file in sources if file.endswith(".c")]
+        macros = ["-DDOUBLE"] if dtype == torch.float64 else []
+        built = Path(folder) / "kernels.so"
+        _run_compiler(compiler, [*macros, *units, "-o", str(built), "-lm"])
+        compiled = _cache() / f"{name}-{_digest(built.read_bytes())}.so"
+        os.replace(built, compiled)  # several processes may compile at once
+    return compiled
 
 
-def _run_compiler(compiler: str, arguments: list[str]) -> None:
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _run_compiler(compiler: list[str], arguments: list[str]) -> None:
     for index, optional in enumerate(OPTIONAL):
-        command = [compiler, *FLAGS, *optional, *arguments]
+        command = [*compiler, *FLAGS, *optional, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if done.returncode == 0:
             return
@@ -162,15 +191,18 @@ def _run_compiler(compiler: str, arguments: list[str]) -> None:
             done.check_returncode()
 
 
+@cache
 def _cache() -> Path:
     """~/.cache/multimax, or a folder of this process where that cannot be written."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "multimax"
     try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "multimax"
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="multimax-"))
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
+        folder = Path(tempfile.mkdtemp(prefix="multimax-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
 
 def _processor() -> str:

@@ -47,7 +47,10 @@ def linear_loss(
         (rows,) or a scalar, fp32 or wider.
     """
     at_once = reduction == "sum" and torch.is_grad_enabled()
-    losses = _apply(step, at_once, features, weight, bias, target, *parameters)
+    apply: Any = _LinearLoss.apply
+    if torch.compiler.is_compiling():  # a wrapper for all calls would take a second to import
+        apply = torch.compiler.disable(apply)
+    losses = apply(step, at_once, features, weight, bias, target, *parameters)
     return losses.sum() if reduction == "sum" and not at_once else losses
 
 
@@ -75,9 +78,6 @@ class _LinearLoss(torch.autograd.Function):
             for g, tensor in zip(grads or [], ctx.saved_tensors, strict=True)
         ]
         return None, None, *cast
-
-
-_apply: Any = torch.compiler.disable(_LinearLoss.apply)
 
 
 def _run(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from multimax.kernels import compiled
 from multimax.kernels.backend import chosen_backend
@@ -29,7 +30,7 @@ def obstacle(tensor: Tensor) -> str | None:
         return "there is nothing to compute"
     if torch.compiler.is_exporting():
         return "exported programs hold torch operations alone"
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "function transforms such as vmap need torch operations"
     return compiled.unavailable()
 
@@ -50,7 +51,9 @@ def modulated_softmax(
         mask: bool, broadcastable to `scores`, or None.
         reference: the same function in differentiable operations.
     """
-    return _ModulatedSoftMax.apply(scores, coefficients, dim, mask, reference)
+    x, row_mask = _rows_last(scores, dim, mask)
+    p = _ModulatedSoftMax.apply(x, coefficients, row_mask, reference)
+    return p if x is scores else p.movedim(-1, dim)
 
 
 def threshold(scores: Tensor, squared: bool, dim: int, mask: Tensor | None) -> Tensor:
@@ -62,74 +65,78 @@ def threshold(scores: Tensor, squared: bool, dim: int, mask: Tensor | None) -> T
         dim: the dimension that sums to one.
         mask: bool, broadcastable to `scores`, or None.
     """
-    return _Threshold.apply(scores, squared, dim, mask)
+    x, row_mask = _rows_last(scores, dim, mask)
+    p = _Threshold.apply(x, squared, row_mask)
+    return p if x is scores else p.movedim(-1, dim)
+
+
+def kth_largest(scores: Tensor, k: int, dim: int, mask: Tensor | None) -> Tensor:
+    """The k-th largest of the scores along `dim`, which stays as a dimension of size 1.
+
+    Args:
+        scores: any shape, in compute precision; there is no gradient.
+        k: from 1 to the size of `dim`.
+        dim: the dimension of a row.
+        mask: bool, broadcastable to `scores`, or None; the others count as -inf.
+    """
+    x, row_mask = _rows_last(scores.detach(), dim, mask)
+    return torch.ops.multimax.kth_largest(x, k, row_mask).unsqueeze(dim)
 
 
 class _ModulatedSoftMax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores, coefficients, dim, mask, reference):
-        x, row_mask = _rows_last(scores, dim, mask)
-        p = torch.ops.multimax.softmax_forward(x, coefficients, row_mask).movedim(-1, dim)
+    def forward(ctx, x, coefficients, mask, reference):
+        p = torch.ops.multimax.softmax_forward(x, coefficients, mask)
         # The backward pass of SoftMax with a fixed temperature needs no scores.
         ctx.keeps_scores = order_of(coefficients) > 0 or ctx.needs_input_grad[1]
-        ctx.save_for_backward(scores if ctx.keeps_scores else p, coefficients, p, mask)
-        ctx.dim, ctx.reference = dim, reference
+        ctx.save_for_backward(x if ctx.keeps_scores else p, coefficients, p, mask)
+        ctx.reference = reference
         return p
 
     @staticmethod
     def backward(ctx, grad) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        scores, coefficients, p, mask = ctx.saved_tensors
+        x, coefficients, p, mask = ctx.saved_tensors
         if torch.is_grad_enabled() and not ctx.keeps_scores:
-            grad = coefficients[0] * p * (grad - (p * grad).sum(ctx.dim, keepdim=True))
-            return grad, None, None, None, None
+            grad = coefficients[0] * p * (grad - (p * grad).sum(-1, keepdim=True))
+            return grad, None, None, None
         if torch.is_grad_enabled():
-            inputs = [scores, coefficients]
-            grads = _by_reference(ctx.reference, inputs, (ctx.dim, mask), grad)
-            return *grads, None, None, None
-        x, row_mask = _rows_last(scores, ctx.dim, mask)
-        grad_scores, grad_coefficients = torch.ops.multimax.softmax_backward(
-            x,
-            coefficients,
-            row_mask,
-            p.movedim(ctx.dim, -1).contiguous(),
-            grad.movedim(ctx.dim, -1).contiguous(),
-            ctx.needs_input_grad[1],
+            return *_by_reference(ctx.reference, [x, coefficients], mask, grad), None, None
+        learned = ctx.needs_input_grad[1]
+        grads = torch.ops.multimax.softmax_backward(
+            x, coefficients, mask, p, grad.contiguous(), learned
         )
-        return grad_scores.movedim(-1, ctx.dim), grad_coefficients, None, None, None
+        return *grads, None, None
 
 
 class _Threshold(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scores, squared, dim, mask):
-        x, row_mask = _rows_last(scores, dim, mask)
-        p = torch.ops.multimax.threshold_forward(x, squared, row_mask).movedim(-1, dim)
+    def forward(ctx, x, squared, mask):
+        p = torch.ops.multimax.threshold_forward(x, squared, mask)
         ctx.save_for_backward(p)
-        ctx.squared, ctx.dim = squared, dim
+        ctx.squared = squared
         ctx.set_materialize_grads(False)  # the Fenchel-Young loss sends none in its first backward
         return p
 
     @staticmethod
     def backward(ctx, grad) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
-            return None, None, None, None
+            return None, None, None
         (p,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # the same in operations that can be differentiated again
             support = (p > 0).to(p.dtype)
             weight = p.where(p > 0, 1.0).sqrt() * support if ctx.squared else support
-            total = weight.sum(ctx.dim, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-            mean = (weight * grad).sum(ctx.dim, keepdim=True) / total
-            return weight * (grad - mean), None, None, None
-        p, grad = (t.movedim(ctx.dim, -1).contiguous() for t in (p, grad))
-        grad_scores = torch.ops.multimax.threshold_backward(p, ctx.squared, grad)
-        return grad_scores.movedim(-1, ctx.dim), None, None, None
+            total = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+            mean = (weight * grad).sum(-1, keepdim=True) / total
+            return weight * (grad - mean), None, None
+        grad_scores = torch.ops.multimax.threshold_backward(p, ctx.squared, grad.contiguous())
+        return grad_scores, None, None
 
 
-def _by_reference(reference, inputs, arguments, grad) -> list[Tensor | None]:
+def _by_reference(reference, inputs, mask, grad) -> list[Tensor | None]:
     """Gradients that can be differentiated again, of the inputs that need one."""
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    found = iter(
-        torch.autograd.grad(reference(*inputs, *arguments), wanted, grad, create_graph=True)
-    )
+    p = reference(*inputs, -1, mask)
+    found = iter(torch.autograd.grad(p, wanted, grad, create_graph=True))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]
 
 
@@ -137,6 +144,8 @@ def _rows_last(scores: Tensor, dim: int, mask: Tensor | None) -> tuple[Tensor, T
     """Contiguous scores with the rows in the last dimension, and the mask, broadcast to them."""
     if mask is not None:
         mask = mask.expand(scores.shape).movedim(dim, -1)
+    if dim in (-1, scores.dim() - 1) and scores.is_contiguous():
+        return scores, mask
     return scores.movedim(dim, -1).contiguous(), mask
 
 
@@ -165,7 +174,7 @@ def _describe(shape: torch.Size, mask: Tensor | None) -> Any:
         outer=outer, heads=heads, queries=queries, columns=columns, threads=torch.get_num_threads()
     )
     if mask is not None:
-        rows.mask, rows.held = mask.data_ptr(), mask
+        rows.mask, rows.held = compiled.address(mask), mask
         rows.mask_outer, rows.mask_head, rows.mask_query, _ = mask.stride()
     return rows
 
@@ -224,6 +233,18 @@ def _threshold_backward(p: Tensor, squared: bool, grad: Tensor) -> Tensor:
 @_threshold_backward.register_fake
 def _(p, squared, grad):
     return torch.empty_like(p)
+
+
+@torch.library.custom_op("multimax::kth_largest", mutates_args=())
+def _kth_largest(x: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    kth = x.new_empty(x.shape[:-1])
+    compiled.call(x.dtype, "kth_largest", _describe(x.shape, mask), k, x, kth)
+    return kth
+
+
+@_kth_largest.register_fake
+def _(x, k, mask):
+    return x.new_empty(x.shape[:-1])
 
 
 def order_of(coefficients: Tensor) -> int:

@@ -1,13 +1,14 @@
 """Attention over modulated scores in Triton, without a (queries, keys) matrix in memory.
 
-Compared with the eager function in Triton's interpreter, and compiled for NVIDIA GPUs of capability
-8.0 and 9.0, but not run or timed on one.
+Compared with the eager function in Triton's interpreter and compiled for NVIDIA GPUs of capability
+8.0, 9.0, 10.0 and 12.0, but neither run nor timed on one.
 """
 
 import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.autograd import Function
@@ -38,8 +39,8 @@ def triton_attention(
     """`softmax(sigma(c0 x + c1)) value` with `x = scale * query key^T`; masks act after sigma.
 
     What `multimax.attention.attention` computes with MultiMax of order 1 or 2 or with SoftMax, in
-    memory that grows with the length instead of its square. All gradients, those of the
-    coefficients included, are the same to the bit in every run.
+    memory that grows with the length instead of its square. All gradients are the same to the bit
+    in every run; those of the coefficients have the precision of fp32 for fp16 and bf16, too.
 
     Args:
         query: (B, H, queries, D), on a GPU, of any strides; fp16, bf16, fp32 or fp64, and D at
@@ -51,7 +52,7 @@ def triton_attention(
             MultiMax has c0 = 1 and c1 = 0 unless it is affine. N = 0 is SoftMax of temperature
             1 / c0.
         mask: bool, broadcastable to (B, H, queries, keys), True where a key may be attended. It is
-            never expanded in memory.
+            never expanded in memory, but copied if it has rows that are not multiples of 16.
         causal: let query i attend to keys up to i + keys - queries. Combines with `mask`.
         dropout: in [0, 1), applied to the probabilities; pass 0 in evaluation. The seed is drawn
             from torch's default CPU generator.
@@ -120,15 +121,20 @@ def _expanded(mask: Tensor, query: Tensor, keys: int) -> Tensor:
             f".to({str(query.device)!r})"
         )
     shape = (*query.shape[:3], keys)
-    # Triton 3.8 does not compile fp64 products with what depends on a load of narrower numbers.
-    mask = mask.long() if query.dtype == torch.float64 else mask.view(torch.uint8)
     try:
-        return mask.expand(shape)
+        mask = mask.expand(shape)
     except RuntimeError:
         raise ValueError(
             f"mask must broadcast to (batch, heads, queries, keys) = {shape}, got shape "
             f"{tuple(mask.shape)}"
         ) from None
+    mask = mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride())]
+    if min(mask.shape[2:]) > 1 and (mask.stride(3) != 1 or mask.stride(2) % 16):
+        # Rows at odd addresses are read byte by byte, for which the programs lack registers.
+        mask = F.pad(mask, (0, -mask.size(3) % 16))[..., : mask.size(3)]
+    # Triton 3.8 does not compile fp64 products with what depends on a load of narrower numbers.
+    integers = mask.long() if query.dtype == torch.float64 else mask.view(torch.uint8)
+    return integers.expand(shape)
 
 
 class Blocks(NamedTuple):
@@ -143,9 +149,9 @@ class Blocks(NamedTuple):
 def block_sizes(width: int, dtype: torch.dtype) -> tuple[Blocks, Blocks, Blocks]:
     """For the output, for the gradient of the query, and for those of key and value.
 
-    Read off the compiler's report for order 2 and all combinations of causal, mask and dropout:
-    the largest tiles whose programs stay in registers (up to a few values) and, on capability 8,
-    within the 99 KB of shared memory that the smaller GPUs have. The backward passes hold several
+    Read off the compiler's report for order 2, with and without causal, mask and dropout, on
+    capability 8.0 and 9.0: the largest tiles whose programs keep (nearly) all in registers and, on
+    8.0, fit into the 99 KB of shared memory of the smaller GPUs. The backward passes hold several
     tiles of scores at once, and the query's the sums for the coefficients. fp32 has no tensor cores
     unless TF32 is allowed; fp64 serves to check the others.
     """
@@ -184,8 +190,15 @@ def _programs(tensor: Tensor, block: int) -> tuple[int]:
     return (tensor.size(0) * tensor.size(1) * triton.cdiv(tensor.size(2), block),)
 
 
-def _strided(**tensors: Tensor | None) -> dict[str, Any]:
-    return {name: t if t is None else (t, *t.stride()) for name, t in tensors.items()}
+def _strided(**tensors: Tensor) -> dict[str, Any]:
+    return {name: (tensor, *tensor.stride()) for name, tensor in tensors.items()}
+
+
+def _strided_mask(mask: Tensor | None) -> tuple[Any, ...] | None:
+    if mask is None:
+        return None
+    batch, head, query, key = mask.stride()
+    return mask, batch, head, query or None, key
 
 
 class _Attention(Function):
@@ -209,7 +222,8 @@ class _Attention(Function):
         blocks, _, _ = block_sizes(_width(query), query.dtype)
         with torch.cuda.device_of(query):
             attention_forward[_programs(query, blocks.queries)](
-                **_strided(query=query, key=key, value=value, mask=mask, output=output),
+                **_strided(query=query, key=key, value=value, output=output),
+                mask=_strided_mask(mask),
                 coefficients=c,
                 logsumexp=logsumexp,
                 **arguments,
@@ -228,10 +242,9 @@ class _Attention(Function):
         programs = _programs(query, of_query.queries)
         parts = c.new_empty(*programs, c.numel()) if ctx.needs_input_grad[3] else None
         delta = torch.empty_like(logsumexp)
-        common = _strided(
-            query=query, key=key, value=value, mask=mask, output_gradient=output_gradient
-        )
-        common |= {"coefficients": c, "logsumexp": logsumexp, "delta": delta, **ctx.arguments}
+        common = _strided(query=query, key=key, value=value, output_gradient=output_gradient)
+        common |= {"mask": _strided_mask(mask), "coefficients": c, **ctx.arguments}
+        common |= {"logsumexp": logsumexp, "delta": delta}
         with torch.cuda.device_of(query):
             attention_backward_query[programs](
                 **common,

@@ -19,6 +19,7 @@ import triton.language as tl
 from multimax.kernels.triton_modulation import (
     add_to_sums,
     centred,
+    fold,
     load_coefficients,
     modulate,
     store_coefficient_gradient,
@@ -162,9 +163,9 @@ def attention_backward_query(
 
     i, j = tl.arange(0, block_queries)[:, None], tl.arange(0, block_keys)[None, :]
     dq = tl.zeros((block_queries, width), dtype)
-    sums = zero_sums(block_queries, dtype, order)
-    means = zero_sums(block_queries, dtype, order)
-    residual = tl.zeros((block_queries,), dtype)
+    sums = zero_sums((block_queries, 4), dtype, order)
+    means = zero_sums((block_queries, 4), dtype, order)
+    residual = tl.zeros((block_queries, 4), dtype)
     end = tl.minimum(keys, first + block_queries + keys - queries) if causal else keys
     for start in range(0, end, block_keys):
         k = load_tile(key, start, keys, block_keys, dim, width)
@@ -181,7 +182,7 @@ def attention_backward_query(
         if coefficient_gradient is not None:
             sums = add_to_sums(sums, gradient, scores, slope, c, order)
             means = add_to_sums(means, probabilities, scores, slope, c, order)
-            residual += tl.sum(gradient, 1)
+            residual += fold(gradient)
         dq += tl.dot((gradient * slope).to(k.dtype), k, input_precision=precision)
 
     query_gradient = of_head(query_gradient, batch, head)

@@ -90,52 +90,58 @@ def modulate(scores, c, order: tl.constexpr):
 
 
 @triton.jit
-def zero_sums(size: tl.constexpr, dtype: tl.constexpr, order: tl.constexpr):
-    """1 + 4 N vectors of zeros."""
-    sums = (tl.zeros((size,), dtype),)
+def zero_sums(shape, dtype: tl.constexpr, order: tl.constexpr):
+    """1 + 4 N tensors of zeros: (columns,), or (rows, 4) for the sums of tiles."""
+    sums = (tl.zeros(shape, dtype),)
     for _ in tl.static_range(4 * order):
-        sums += (tl.zeros((size,), dtype),)
+        sums += (tl.zeros(shape, dtype),)
     return sums
 
 
 @triton.jit
-def _row_sums(term):
-    return tl.sum(term, 1) if len(term.shape) == 2 else term
+def fold(term):
+    """A tile (rows, columns) as (rows, 4) sums of its columns; a vector as it is.
+
+    In the result of a matrix product on tensor cores, four threads share a row, each with two of
+    every eight columns. So this takes no exchange between threads, which is left to the end.
+    """
+    if len(term.shape) == 1:
+        return term
+    else:
+        split = tl.reshape(term, (term.shape[0], term.shape[1] // 8, 4, 2))
+        return tl.sum(tl.sum(split, 3), 1)
 
 
 @triton.jit
 def add_to_sums(sums, gradient, scores, slope, c, order: tl.constexpr):
-    """`sums` and what these scores add; `gradient` is the one by their modulated values.
-
-    A tile (rows, columns) is summed over its columns at once, which is cheap in the layout of a
-    matrix product, and over its rows only at the end.
-    """
+    """`sums` and what these scores add; `gradient` is the one by their modulated values."""
     x = c[0] * scores + c[1]
-    new_sums = (sums[0] + _row_sums(gradient * slope * scores),)
+    new_sums = (sums[0] + fold(gradient * slope * scores),)
     if order >= 1:
         below, above = beyond_ranges(x, c, 1, order)
-        new_sums += (sums[1] + _row_sums(gradient * below),)
-        new_sums += (sums[2] + _row_sums(gradient * above),)
-        new_sums += (sums[3] + _row_sums(tl.where(below > 0, gradient, 0.0)),)
-        new_sums += (sums[4] + _row_sums(tl.where(above > 0, gradient, 0.0)),)
+        new_sums += (sums[1] + fold(gradient * below),)
+        new_sums += (sums[2] + fold(gradient * above),)
+        new_sums += (sums[3] + fold(tl.where(below > 0, gradient, 0.0)),)
+        new_sums += (sums[4] + fold(tl.where(above > 0, gradient, 0.0)),)
     if order >= 2:
         below, above = beyond_ranges(x, c, 2, order)
-        new_sums += (sums[5] + _row_sums(gradient * (below * below)),)
-        new_sums += (sums[6] + _row_sums(gradient * (above * above)),)
-        new_sums += (sums[7] + _row_sums(gradient * below),)
-        new_sums += (sums[8] + _row_sums(gradient * above),)
+        new_sums += (sums[5] + fold(gradient * (below * below)),)
+        new_sums += (sums[6] + fold(gradient * (above * above)),)
+        new_sums += (sums[7] + fold(gradient * below),)
+        new_sums += (sums[8] + fold(gradient * above),)
     return new_sums
 
 
 @triton.jit
 def centred(sums, means, residual, order: tl.constexpr):
-    """`sums` less what they hold because the gradients of a row add up to `residual`, not to 0.
+    """Sums of rows, less what is in them because a row of gradients adds up to `residual`, not 0.
 
     `means` are the sums with the probabilities in the place of the gradients.
     """
-    new_sums = (sums[0] - residual * means[0],)
+    residual = tl.sum(residual, 1)
+    new_sums = (tl.sum(sums[0], 1) - residual * tl.sum(means[0], 1),)
     for i in tl.static_range(1, 4 * order + 1):
-        new_sums += (sums[i] - residual * means[i],)
+        new_sums += (tl.sum(sums[i], 1) - residual * tl.sum(means[i], 1),)
     return new_sums
 
 

@@ -104,10 +104,10 @@ def cross_entropy_row(
 
     if coefficient_gradient is not None:
         logsumexp = maximum + tl.log(total)
-        factor = mass * 0.0 + 1.0
+        factor = 1.0
         if weight is not None:
             factor = tl.load(weight[0] + row * weight[1]).to(dtype)
-        sums = zero_sums(block, dtype, order)
+        sums = zero_sums((block,), dtype, order)
         for start in range(0, classes, block):
             inside = start + tl.arange(0, block) < end
             places = _places(scores, row, start, block)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from multimax.kernels import rows
 from multimax.normalizers.base import check_mask, to_compute_precision
 from multimax.normalizers.truncated import TruncatedSoftMax, truncated_softmax
 
@@ -38,10 +39,12 @@ def topk(scores: Tensor, k: int, dim: int = -1, mask: Tensor | None = None) -> T
 
 def _keep(scores: Tensor, k: int, dim: int, mask: Tensor | None) -> Tensor:
     scores = scores.detach()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
     if k >= scores.size(dim):
         return torch.ones_like(scores, dtype=torch.bool)
+    if rows.usable(scores):
+        return scores >= rows.kth_largest(scores, k, dim, mask)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
     kth_largest = scores.topk(k, dim).values.narrow(dim, k - 1, 1)
     return scores >= kth_largest
 

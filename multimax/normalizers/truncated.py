@@ -5,12 +5,14 @@ from abc import abstractmethod
 
 from torch import Tensor
 
+from multimax.kernels import rows
 from multimax.normalizers.base import (
     LogitNormalizer,
     check_mask,
     masked_softmax,
     to_compute_precision,
 )
+from multimax.normalizers.modulated import modulated_softmax
 
 
 def truncated_softmax(
@@ -26,8 +28,13 @@ def truncated_softmax(
         floor: in [0, 1); 0 gives exact zeros.
     """
     if floor:
-        return masked_softmax(floored_logits(scores, keep, floor), dim, mask)
-    return masked_softmax(scores, dim, keep if mask is None else keep & mask)
+        scores = floored_logits(scores, keep, floor)
+    else:
+        mask = keep if mask is None else keep & mask
+    if rows.usable(scores):
+        identity = scores.new_tensor([1.0, 0.0])
+        return rows.modulated_softmax(scores, identity, dim, mask, modulated_softmax)
+    return masked_softmax(scores, dim, mask)
 
 
 def floored_logits(scores: Tensor, keep: Tensor, floor: float) -> Tensor:

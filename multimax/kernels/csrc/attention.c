@@ -147,6 +147,10 @@ INLINE void backward_tile(Space *s, const Attention *a, Modulator m, int order, 
                                a->value_dim);
         subtract_mean_row(row, p, d, delta, d);
         drop_row(row, p);
+        if (row.mask && !isfinite(delta)) {
+            mask_row(row, p, p);
+            mask_row(row, d, d);
+        }
         memset(p + row.limit, 0, (seen - row.limit) * sizeof(real));
         memset(d + row.limit, 0, (s->width - row.limit) * sizeof(real));
     }

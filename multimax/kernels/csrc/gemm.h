@@ -2,29 +2,13 @@
 #pragma once
 #include "rows.h"
 
-/* The widest vectors of the processor, and as many of them as its registers hold. */
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-#define TILE_ROWS 8
-#elif defined(__AVX__)
-#define VECTOR_BYTES 32
+/* Of C, as many as the registers hold. */
+#if VECTOR_BYTES == 32
 #define TILE_ROWS 6
 #else
-#define VECTOR_BYTES 16
 #define TILE_ROWS 8
 #endif
-#define LANES ((int64_t)(VECTOR_BYTES / sizeof(real)))
 #define TILE_COLUMNS (2 * LANES)
-
-typedef real vector __attribute__((vector_size(VECTOR_BYTES)));
-
-INLINE vector load(const real *from) {
-    vector v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
-
-INLINE void store(real *to, vector v) { memcpy(to, &v, sizeof v); }
 
 /* A tile of `rows` x TILE_COLUMNS of C; A is read at a[i * row_step + k * step]. */
 INLINE void multiply_tile(int rows, int64_t depth, const real *a, int64_t row_step, int64_t step,

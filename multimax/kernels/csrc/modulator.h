@@ -69,55 +69,66 @@ INLINE double exponentiate_row(real *y, int64_t n, real highest) {
     return total;
 }
 
+/* Of one vector, from dy to dx; s, u, scale and shift sum up what the coefficients' gradients need. */
+typedef struct { vector s[4], u[4], scale, shift; } VectorSums;
+
+INLINE vector pull_back_vector(vector x, vector dy, Modulator m, int order, int masked, VectorSums *sums) {
+    if (masked) x = where(dy != 0, x); /* a masked score may be anything */
+    vector z = m.scale * x + m.shift, slope = (vector){0} + 1;
+    if (order >= 1) {
+        vector below = m.r0 - z, above = z - m.r1;
+        vector dy_below = where(exceeds_zero(below), dy), dy_above = where(exceeds_zero(above), dy);
+        if (sums) {
+            sums->s[0] += dy_below * below;
+            sums->s[1] += dy_above * above;
+            sums->u[0] += dy_below;
+            sums->u[1] += dy_above;
+        }
+        slope += where(above > 0, (vector){0} + m.t1) - where(below > 0, (vector){0} + m.t0);
+    }
+    if (order >= 2) {
+        vector low = m.r2 - z, high = z - m.r3;
+        low = where(exceeds_zero(low), low), high = where(exceeds_zero(high), high);
+        if (sums) {
+            vector dy_low = dy * low, dy_high = dy * high;
+            sums->s[2] += dy_low * low;
+            sums->s[3] += dy_high * high;
+            sums->u[2] += dy_low;
+            sums->u[3] += dy_high;
+        }
+        slope += 2 * m.t3 * high - 2 * m.t2 * low;
+    }
+    vector dz = dy * slope;
+    if (sums) {
+        sums->scale += dz * x;
+        sums->shift += dz;
+    }
+    return dz * m.scale;
+}
+
 /* From dy to dx, in place, adding up the gradients of the coefficients; no dy, no gradient. */
 INLINE void pull_back_segment(const real *x, real *d, int64_t n, Modulator m, int order, int masked,
                               double *sums) {
-    real s0 = 0, s1 = 0, s2 = 0, s3 = 0, u0 = 0, u1 = 0, u2 = 0, u3 = 0, scale = 0, shift = 0;
-#pragma omp simd reduction(+ : s0, s1, s2, s3, u0, u1, u2, u3, scale, shift)
-    for (int64_t j = 0; j < n; j++) {
-        real dy = d[j], score = x[j];
-        if (masked) score = dy == 0 ? 0 : score; /* a masked score may be anything */
-        real z = m.scale * score + m.shift, slope = 1;
-        if (order >= 1) {
-            real below = m.r0 - z, above = z - m.r1;
-            real dy_below = below > 0 ? dy : 0, dy_above = above > 0 ? dy : 0;
-            if (sums) {
-                s0 += dy_below * below;
-                s1 += dy_above * above;
-                u0 += dy_below;
-                u1 += dy_above;
-            }
-            slope += (above > 0 ? m.t1 : 0) - (below > 0 ? m.t0 : 0);
+    VectorSums of_vectors = {0}, *v = sums ? &of_vectors : NULL;
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES)
+        store(d + j, pull_back_vector(load(x + j), load(d + j), m, order, masked, v));
+    if (j < n) { /* the rest, padded by zeros, which add nothing */
+        real rest_x[LANES], rest_d[LANES];
+        for (int64_t i = 0; i < LANES; i++) {
+            rest_x[i] = j + i < n ? x[j + i] : 0;
+            rest_d[i] = j + i < n ? d[j + i] : 0;
         }
-        if (order >= 2) {
-            real low = positive(m.r2 - z), high = positive(z - m.r3);
-            if (sums) {
-                real dy_low = dy * low, dy_high = dy * high;
-                s2 += dy_low * low;
-                s3 += dy_high * high;
-                u2 += dy_low;
-                u3 += dy_high;
-            }
-            slope += 2 * (m.t3 * high - m.t2 * low);
-        }
-        real dz = dy * slope;
-        if (sums) {
-            scale += dz * score;
-            shift += dz;
-        }
-        d[j] = dz * m.scale;
+        store(rest_d, pull_back_vector(load(rest_x), load(rest_d), m, order, masked, v));
+        memcpy(d + j, rest_d, (n - j) * sizeof(real));
     }
     if (!sums) return;
-    sums[0] += scale;
-    sums[1] += shift;
-    if (order == 1) {
-        sums[2] += s0, sums[3] += s1;
-        sums[4] += (double)m.t0 * u0, sums[5] -= (double)m.t1 * u1;
-    }
-    if (order == 2) {
-        sums[2] += s0, sums[3] += s1, sums[4] += s2, sums[5] += s3;
-        sums[6] += (double)m.t0 * u0, sums[7] -= (double)m.t1 * u1;
-        sums[8] += 2 * (double)m.t2 * u2, sums[9] -= 2 * (double)m.t3 * u3;
+    double t[4] = {m.t0, -m.t1, 2 * (double)m.t2, -2 * (double)m.t3};
+    sums[0] += sum_of(v->scale);
+    sums[1] += sum_of(v->shift);
+    for (int k = 0; k < 2 * order; k++) {
+        sums[2 + k] += sum_of(v->s[k]);
+        sums[2 + 2 * order + k] += t[k] * sum_of(v->u[k]);
     }
 }
 

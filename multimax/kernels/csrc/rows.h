@@ -25,8 +25,39 @@ typedef int32_t integer;
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define SEGMENT 2048 /* entries that are summed in `real`; the sums of segments in double */
-#define CHUNK 8192   /* entries of the rows that are one unit of work: they stay in the L1 cache */
+#define SEGMENT 4096 /* entries that are summed in `real`; the sums of segments in double */
+#define CHUNK 16384  /* entries of the rows that are one unit of work: they stay in the L2 cache */
+
+/* The widest vectors of the processor. */
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+#define LANES ((int64_t)(VECTOR_BYTES / sizeof(real)))
+
+typedef real vector __attribute__((vector_size(VECTOR_BYTES)));
+typedef integer mask_vector __attribute__((vector_size(VECTOR_BYTES))); /* of a comparison */
+
+INLINE vector load(const real *from) {
+    vector v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+INLINE void store(real *to, vector v) { memcpy(to, &v, sizeof v); }
+
+INLINE vector where(mask_vector condition, vector v) { return (vector)(condition & (mask_vector)v); }
+
+INLINE mask_vector exceeds_zero(vector v) { return ~(v <= 0); } /* or is NaN */
+
+INLINE real sum_of(vector v) {
+    real sum = 0;
+    for (int64_t lane = 0; lane < LANES; lane++) sum += v[lane];
+    return sum;
+}
 
 /* Rows of scores: outer x heads x queries of them, each with `columns` entries. Mirrored, as the
    other structures, in compiled.py. */
@@ -58,6 +89,12 @@ INLINE Row row_at(const Rows *rows, int64_t index) {
     if (mask)
         mask += outer * rows->mask_outer + head * rows->mask_head + query * rows->mask_query;
     return (Row){.limit = rows->columns, .mask = mask};
+}
+
+/* `from` where the mask allows, exactly 0 elsewhere, also next to NaN; they may be the same. */
+INLINE void mask_row(Row row, const real *from, real *to) {
+#pragma omp simd
+    for (int64_t j = 0; j < row.limit; j++) to[j] = row.mask[j] ? from[j] : 0;
 }
 
 INLINE uint64_t scramble(uint64_t x) { /* the finalizer of SplitMix64 */

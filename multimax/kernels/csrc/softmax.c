@@ -23,7 +23,14 @@ INLINE void backward_chunk(const Rows *rows, Modulator m, int order, int64_t sta
         int64_t at = i * columns;
         Row row = row_at(rows, i);
         real mean = (real)dot(p + at, g + at, row.limit);
-        subtract_mean_row(row, p + at, g + at, mean, dx + at);
+        if (row.mask && !isfinite(mean)) { /* perhaps because of a g that is masked */
+            mask_row(row, g + at, dx + at);
+            mean = (real)dot(p + at, dx + at, row.limit);
+            subtract_mean_row(row, p + at, dx + at, mean, dx + at);
+            mask_row(row, dx + at, dx + at);
+        } else {
+            subtract_mean_row(row, p + at, g + at, mean, dx + at);
+        }
     }
     pull_back(x + first, dx + first, n, m, order, rows->mask != NULL, sums);
 }

@@ -9,6 +9,7 @@ INLINE void forward_row(Row row, Modulator m, int order, const real *x, real *p,
     double sum = exponentiate_row(p, row.limit, highest);
     real inverse = sum == 0 ? 0 : (real)(1 / sum);
     scale_row(p, row.limit, inverse);
+    if (row.mask && isnan(inverse)) mask_row(row, p, p);
     if (statistics) statistics[0] = highest, statistics[1] = inverse;
 }
 

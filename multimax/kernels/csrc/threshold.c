@@ -43,6 +43,7 @@ INLINE real find_threshold(const real *s, int64_t n, int squared) {
             slope += count;
         }
         real next = tau + (real)((total - 1) / slope);
+        if (isnan(next)) return next;
         if (!(next > tau) || (!squared && slope == support)) break;
         support = slope;
         tau = next;
@@ -60,6 +61,7 @@ INLINE void threshold_row(const real *x, real *p, Row row, int squared) {
         above = above < 0 ? 0 : above;
         p[j] = squared ? above * above : above;
     }
+    if (row.mask && isnan(tau)) mask_row(row, p, p);
 }
 
 /* dx = w (g - (sum of w g) / (sum of w)), w = 1 on the support (sparsemax) or sqrt(p) (entmax). */

@@ -1,0 +1,91 @@
+"""Where a Triton attention program works: its tiles in memory, what they may see, what is dropped.
+
+A tensor of four dimensions is a tuple (pointer, *strides), the matrix of one of its heads a tuple
+(pointer, row stride, column stride). Places inside a tile are index vectors that broadcast to it,
+(queries, 1) and (1, keys), or (1, queries) and (keys, 1) for a transposed one. What grows with the
+whole tensor is int64, what stays inside a tile int32.
+"""
+
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+# Triton compiles these functions from their source; their arguments have no type a checker knows.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def place_of_program(heads, length, size: tl.constexpr):
+    """The program's row of (batch x heads), its batch and head, and where its block starts."""
+    blocks = tl.cdiv(length, size)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    return row, row // heads, row % heads, (tl.program_id(0) % blocks) * size
+
+
+@triton.jit
+def of_head(tensor, batch, head):
+    """The matrix of one head."""
+    return tensor[0] + batch * tensor[1] + head * tensor[2], tensor[3], tensor[4]
+
+
+@triton.jit
+def _tile(matrix, first, end, size: tl.constexpr, dim: tl.constexpr, width: tl.constexpr):
+    """Pointers to `size` rows from `first` on, of `width` columns, and which of them exist.
+
+    Rows exist before `end`, columns before `dim`.
+    """
+    rows, columns = tl.arange(0, size)[:, None], tl.arange(0, width)[None, :]
+    inside = first + rows < end
+    if dim < width:
+        inside = inside & (columns < dim)
+    start = matrix[0] + tl.cast(first, tl.int64) * matrix[1]
+    return start + rows * matrix[1] + columns * matrix[2], inside
+
+
+@triton.jit
+def load_tile(matrix, first, end, size: tl.constexpr, dim: tl.constexpr, width: tl.constexpr):
+    """A tile (size, width), zero where nothing exists."""
+    pointers, inside = _tile(matrix, first, end, size, dim, width)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    matrix, tile, first, end, size: tl.constexpr, dim: tl.constexpr, width: tl.constexpr
+):
+    """Write what exists of a tile, in the dtype of the tensor."""
+    pointers, inside = _tile(matrix, first, end, size, dim, width)
+    tl.store(pointers, tile.to(matrix[0].dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def allowed_pairs(
+    mask, batch, head, first_query, first_key, query, key, queries, keys, causal: tl.constexpr
+):
+    """Which pairs of a tile exist and may attend.
+
+    `mask` is a tensor of integers or None. If its stride over queries is None, all queries of a
+    head share one row of it, as in a padding mask, and it is read once.
+    """
+    query_id, key_id = first_query + query, first_key + key
+    allowed = (query_id < queries) & (key_id < keys)
+    if mask is not None:
+        start, query_stride, key_stride = of_head(mask, batch, head)
+        pointers = start + tl.cast(first_key, tl.int64) * key_stride + key * key_stride
+        if query_stride is None:
+            inside = tl.load(pointers, mask=key_id < keys, other=0)
+        else:
+            pointers += tl.cast(first_query, tl.int64) * query_stride
+            inside = tl.load(pointers + query * query_stride, mask=allowed, other=0)
+        allowed = allowed & (inside != 0)
+    if causal:
+        allowed = allowed & (key_id <= query_id + (keys - queries))
+    return allowed
+
+
+@triton.jit
+def dropout_factor(seed, dropout, row, query_id, key_id, queries, keys, dtype: tl.constexpr):
+    """D of a tile: a function of nothing but the seed and the place in the whole tensor."""
+    place = (row * queries + query_id) * keys + key_id
+    factor = 1.0 / (1.0 - tl.cast(dropout, dtype))
+    return tl.where(tl.rand(seed, place) >= dropout, factor, 0.0)

@@ -1,0 +1,54 @@
+"""Compile the Triton kernels for NVIDIA GPUs that need not be there.
+
+The functions are called on tensors of the CPU, and nothing is launched. For each kernel a line says
+compute capability, name, and the bytes of shared memory that it asks for.
+"""
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from multimax.kernels import triton_attention, triton_output
+
+# Capability, head dimension, dropout.
+CASES = [(80, 40, 0.1), (90, 20, 0.0)]
+
+
+class Driver:
+    """What the compiler asks of a driver; each case is a device of its own."""
+
+    case = 0
+
+    def get_current_device(self):
+        return self.case
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", CASES[self.case][0], 32)
+
+
+def compile_only(self, *args, grid, warmup, **options):
+    kernel = launch(self, *args, grid=grid, warmup=True, **options)
+    print(CASES[driver.case][0], self.fn.__name__, kernel.metadata.shared)
+
+
+def call_kernels(dim, dropout):
+    query = torch.zeros(2, 4, 100, dim, dtype=torch.bfloat16, requires_grad=True)
+    key, value = torch.zeros(2, 2, 2, 90, dim, dtype=torch.bfloat16, requires_grad=True)
+    c = torch.zeros(10, requires_grad=True)
+    mask = torch.ones(2, 1, 1, 90, dtype=torch.bool)
+    output = triton_attention.triton_attention(query, key, value, c, mask, True, dropout)
+    output.sum().backward()
+    scores, weight = torch.zeros(4, 5000, dtype=torch.bfloat16), torch.ones(4)
+    target = torch.zeros(4, dtype=torch.int64)
+    triton_output.modulated_cross_entropy_(scores, target, c.detach(), weight, 0.1)
+
+
+driver = Driver()
+triton.runtime.driver.set_active(driver)
+launch, triton.JITFunction.run = triton.JITFunction.run, compile_only
+triton_attention.check_device = triton_output.check_device = lambda *_: None
+for driver.case, (_, dim, dropout) in enumerate(CASES):
+    call_kernels(dim, dropout)
