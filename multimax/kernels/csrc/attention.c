@@ -6,34 +6,36 @@
 #include "gemm.h"
 #include "softmax_row.h"
 
-#define TILE_ENTRIES 65536 /* of the scores of a tile, which share the L2 cache with keys and values */
-#define MOST_QUERIES 64    /* of a tile */
-#define LEAST_TASKS 16     /* of the backward pass, whatever the number of threads */
+#define TILE_ENTRIES                                                                               \
+    65536               /* of the scores of a tile, which share the L2 cache with keys and values */
+#define MOST_QUERIES 64 /* of a tile */
+#define LEAST_TASKS 16  /* of the backward pass, whatever the number of threads */
 
 typedef struct {
     int64_t batch, heads, key_heads, queries, keys, dim, value_dim;
     const real *query, *key, *value, *out, *d_out; /* out is written by the forward pass */
-    int64_t query_strides[3], key_strides[3], value_strides[3], d_out_strides[3]; /* batch, head, row */
-    real *statistics;                         /* (batch, heads, queries, 2) */
-    real *d_query, *d_key, *d_value;          /* contiguous, as out */
-    const uint8_t *mask;                      /* 1: may be attended; NULL: all may */
-    int64_t mask_strides[3];                  /* batch, head, query */
-    int64_t causal;                           /* query i sees keys up to i + keys - queries */
+    int64_t query_strides[3], key_strides[3], value_strides[3],
+        d_out_strides[3];            /* batch, head, row */
+    real *statistics;                /* (batch, heads, queries, 2) */
+    real *d_query, *d_key, *d_value; /* contiguous, as out */
+    const uint8_t *mask;             /* 1: may be attended; NULL: all may */
+    int64_t mask_strides[3];         /* batch, head, query */
+    int64_t causal;                  /* query i sees keys up to i + keys - queries */
     uint64_t seed;
     double dropout;
     int64_t threads, order;
     const real *coefficients;
-    double *sums;                             /* gradients of the coefficients, or NULL */
+    double *sums; /* gradients of the coefficients, or NULL */
 } Attention;
 
 /* What a thread works with. Widths are padded to whole tiles of the matrix product. */
 typedef struct {
     int64_t tile, width, dim, value_dim;
-    int64_t packed;                        /* the (batch, key head) whose keys are here, or -1 */
-    real *key, *key_T, *value, *value_T;   /* (keys, dim), (dim, width); of the values likewise */
-    real *query, *d_out, *result;          /* (tile, dim) */
-    real *scores, *p, *d;                  /* (tile, width) */
-    real *d_key, *d_value;                 /* (keys, dim) */
+    int64_t packed;                      /* the (batch, key head) whose keys are here, or -1 */
+    real *key, *key_T, *value, *value_T; /* (keys, dim), (dim, width); of the values likewise */
+    real *query, *d_out, *result;        /* (tile, dim) */
+    real *scores, *p, *d;                /* (tile, width) */
+    real *d_key, *d_value;               /* (keys, dim) */
     real *memory;
 } Space;
 
@@ -47,17 +49,22 @@ INLINE int64_t tile_rows(const Attention *a) {
 static int reserve(Space *s, const Attention *a, int backward) {
     *s = (Space){tile_rows(a), padded(a->keys), padded(a->dim), padded(a->value_dim), .packed = -1};
     int64_t widest = s->dim > s->value_dim ? s->dim : s->value_dim;
-    struct { real **part; int64_t size; int both; } parts[] = {
-        {&s->key_T, a->dim * s->width, 1},      {&s->value, a->keys * s->value_dim, !backward},
-        {&s->key, a->keys * s->dim, 0},         {&s->value_T, a->value_dim * s->width, 0},
-        {&s->query, s->tile * s->dim, 1},       {&s->d_out, s->tile * s->value_dim, 0},
-        {&s->result, s->tile * widest, 1},      {&s->scores, s->tile * s->width, 1},
-        {&s->p, s->tile * s->width, 0},         {&s->d, s->tile * s->width, 0},
-        {&s->d_key, a->keys * s->dim, 0},       {&s->d_value, a->keys * s->value_dim, 0},
+    struct {
+        real **part;
+        int64_t size;
+        int both;
+    } parts[] = {
+        {&s->key_T, a->dim * s->width, 1}, {&s->value, a->keys * s->value_dim, !backward},
+        {&s->key, a->keys * s->dim, 0},    {&s->value_T, a->value_dim * s->width, 0},
+        {&s->query, s->tile * s->dim, 1},  {&s->d_out, s->tile * s->value_dim, 0},
+        {&s->result, s->tile * widest, 1}, {&s->scores, s->tile * s->width, 1},
+        {&s->p, s->tile * s->width, 0},    {&s->d, s->tile * s->width, 0},
+        {&s->d_key, a->keys * s->dim, 0},  {&s->d_value, a->keys * s->value_dim, 0},
     };
     int64_t total = 0, count = sizeof parts / sizeof *parts;
     for (int64_t i = 0; i < count; i++)
-        if (parts[i].both || (backward && parts[i].part != &s->value)) total += parts[i].size + LANES;
+        if (parts[i].both || (backward && parts[i].part != &s->value))
+            total += parts[i].size + LANES;
     real *next = s->memory = malloc((total + LANES) * sizeof(real));
     if (!next) return 1;
     for (int64_t i = 0; i < count; i++)
@@ -68,7 +75,8 @@ static int reserve(Space *s, const Attention *a, int backward) {
     return 0;
 }
 
-INLINE const real *at(const real *tensor, const int64_t *strides, int64_t b, int64_t h, int64_t row) {
+INLINE const real *at(const real *tensor, const int64_t *strides, int64_t b, int64_t h,
+                      int64_t row) {
     return tensor + b * strides[0] + h * strides[1] + row * strides[2];
 }
 
@@ -76,7 +84,8 @@ INLINE const real *at(const real *tensor, const int64_t *strides, int64_t b, int
 static void pack(Space *s, const Attention *a, int64_t b, int64_t h, int backward) {
     if (s->packed == b * a->key_heads + h) return;
     s->packed = b * a->key_heads + h;
-    const real *key = at(a->key, a->key_strides, b, h, 0), *value = at(a->value, a->value_strides, b, h, 0);
+    const real *key = at(a->key, a->key_strides, b, h, 0),
+               *value = at(a->value, a->value_strides, b, h, 0);
     copy_transposed(key, a->key_strides[2], s->key_T, s->width, a->keys, a->dim);
     if (backward) {
         copy_padded(key, a->key_strides[2], s->key, s->dim, a->keys, a->dim);
@@ -93,7 +102,8 @@ INLINE Row row_of(const Attention *a, int64_t b, int64_t h, int64_t q) {
         row.limit = limit < 0 ? 0 : limit > a->keys ? a->keys : limit;
     }
     if (a->mask)
-        row.mask = a->mask + b * a->mask_strides[0] + h * a->mask_strides[1] + q * a->mask_strides[2];
+        row.mask =
+            a->mask + b * a->mask_strides[0] + h * a->mask_strides[1] + q * a->mask_strides[2];
     if (a->dropout > 0) {
         uint64_t number = (b * a->heads + h) * a->queries + q;
         row.key = (uint32_t)scramble(a->seed + number * 0x9E3779B97F4A7C15u);
@@ -104,11 +114,12 @@ INLINE Row row_of(const Attention *a, int64_t b, int64_t h, int64_t q) {
 }
 
 /* Scores of some queries, up to the last key that one of them sees, whose number is returned. */
-INLINE int64_t scores_of(Space *s, const Attention *a, int64_t b, int64_t h, int64_t q, int64_t rows) {
+INLINE int64_t scores_of(Space *s, const Attention *a, int64_t b, int64_t h, int64_t q,
+                         int64_t rows) {
     int64_t seen = row_of(a, b, h, q + rows - 1).limit;
     const real *query = at(a->query, a->query_strides, b, h, q);
-    multiply(rows, padded(seen), a->dim, query, a->query_strides[2], 1, s->key_T, s->width, s->scores,
-             s->width, 0);
+    multiply(rows, padded(seen), a->dim, query, a->query_strides[2], 1, s->key_T, s->width,
+             s->scores, s->width, 0);
     return seen;
 }
 
@@ -130,15 +141,15 @@ static void forward_tile(Space *s, const Attention *a, Modulator m, int64_t b, i
 }
 
 /* Adds to d_key and d_value of the space and writes d_query. */
-INLINE void backward_tile(Space *s, const Attention *a, Modulator m, int order, int64_t b, int64_t h,
-                          int64_t q, int64_t rows, double *sums) {
+INLINE void backward_tile(Space *s, const Attention *a, Modulator m, int order, int64_t b,
+                          int64_t h, int64_t q, int64_t rows, double *sums) {
     int64_t seen = scores_of(s, a, b, h, q, rows), first = (b * a->heads + h) * a->queries + q;
     const real *query = at(a->query, a->query_strides, b, h, q);
     const real *d_out = at(a->d_out, a->d_out_strides, b, h, q);
     copy_padded(query, a->query_strides[2], s->query, s->dim, rows, a->dim);
     copy_padded(d_out, a->d_out_strides[2], s->d_out, s->value_dim, rows, a->value_dim);
-    multiply(rows, padded(seen), a->value_dim, s->d_out, s->value_dim, 1, s->value_T, s->width, s->d,
-             s->width, 0);
+    multiply(rows, padded(seen), a->value_dim, s->d_out, s->value_dim, 1, s->value_T, s->width,
+             s->d, s->width, 0);
     for (int64_t i = 0; i < rows; i++) {
         real *p = s->p + i * s->width, *d = s->d + i * s->width;
         Row row = row_of(a, b, h, q + i);
@@ -178,7 +189,8 @@ int attention_forward(const Attention *a) {
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < a->batch * a->heads * tiles; task++) {
             if (failed) continue;
-            int64_t q = task % tiles * tile, h = task / tiles % a->heads, b = task / tiles / a->heads;
+            int64_t q = task % tiles * tile, h = task / tiles % a->heads,
+                    b = task / tiles / a->heads;
             int64_t rows = a->queries - q < tile ? a->queries - q : tile;
             pack(&space, a, b, h / (a->heads / a->key_heads), 0);
             forward_tile(&space, a, m, b, h, q, rows);
@@ -212,7 +224,8 @@ static void add_rows(const real *from, int64_t stride, real *to, int64_t rows, i
 int attention_backward(const Attention *a) {
     Modulator m = modulator(a->coefficients, (int)a->order);
     int64_t heads = a->batch * a->key_heads, tile = tile_rows(a);
-    int64_t tiles = (a->queries + tile - 1) / tile, shares = (LEAST_TASKS + heads - 1) / (heads + !heads);
+    int64_t tiles = (a->queries + tile - 1) / tile,
+            shares = (LEAST_TASKS + heads - 1) / (heads + !heads);
     shares = shares > tiles ? tiles : shares;
     int64_t share = shares ? (tiles + shares - 1) / shares * tile : 0, tasks = heads * shares;
     Sums *partial = a->sums ? calloc(tasks + 1, sizeof(Sums)) : NULL;
@@ -233,7 +246,8 @@ int attention_backward(const Attention *a) {
             if (!failed) backward_task(&space, a, m, b, head % a->key_heads, start, end, sums);
 #pragma omp ordered
             if (!failed) {
-                add_rows(space.d_key, space.dim, a->d_key + head * a->keys * a->dim, a->keys, a->dim);
+                add_rows(space.d_key, space.dim, a->d_key + head * a->keys * a->dim, a->keys,
+                         a->dim);
                 add_rows(space.d_value, space.value_dim, a->d_value + head * a->keys * a->value_dim,
                          a->keys, a->value_dim);
             }

@@ -1,5 +1,5 @@
-/* Cross-entropy of modulated scores, a row at a time: the loss, and its gradient in the place of the
-   scores. Semantics of torch.nn.functional.cross_entropy on sigma(scores). */
+/* Cross-entropy of modulated scores, a row at a time: the loss, and its gradient in the place of
+   the scores. Semantics of torch.nn.functional.cross_entropy on sigma(scores). */
 #include "modulator.h"
 
 typedef struct {
@@ -72,7 +72,8 @@ INLINE double cross_entropy_row(real *x, real *work, int64_t n, int64_t i, Modul
 }
 
 int cross_entropy(int64_t count, int64_t columns, int64_t threads, int order,
-                  const real *coefficients, real *x, const Target *target, real *losses, double *sums) {
+                  const real *coefficients, real *x, const Target *target, real *losses,
+                  double *sums) {
     Modulator m = modulator(coefficients, order);
     Sums *partial = sums ? calloc(count + 1, sizeof(Sums)) : NULL;
     int failed = sums && !partial;
@@ -88,8 +89,8 @@ int cross_entropy(int64_t count, int64_t columns, int64_t threads, int order,
         for (int64_t i = 0; i < count; i++) {
             double *into = partial ? partial[i].values : NULL;
             if (!failed)
-                BY_ORDER(order, losses[i] = (real)cross_entropy_row(x + i * columns, work, columns, i, m,
-                                                                    ORDER, target, into))
+                BY_ORDER(order, losses[i] = (real)cross_entropy_row(x + i * columns, work, columns,
+                                                                    i, m, ORDER, target, into))
         }
         free(work);
     }

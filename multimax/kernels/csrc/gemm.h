@@ -35,8 +35,9 @@ INLINE void multiply_tile(int rows, int64_t depth, const real *a, int64_t row_st
 #define DEPTH 256 /* of A and B that is worked off at once, so that B is read from the L2 cache */
 
 /* C (m x n) = or += A (m x depth) B (depth x n), n a multiple of TILE_COLUMNS. */
-static void multiply(int64_t m, int64_t n, int64_t depth, const real *a, int64_t row_step, int64_t step,
-                     const real *b, int64_t b_stride, real *c, int64_t c_stride, int add) {
+static void multiply(int64_t m, int64_t n, int64_t depth, const real *a, int64_t row_step,
+                     int64_t step, const real *b, int64_t b_stride, real *c, int64_t c_stride,
+                     int add) {
     if (depth == 0 && !add)
         for (int64_t i = 0; i < m; i++) memset(c + i * c_stride, 0, n * sizeof(real));
     for (int64_t start = 0; start < depth; start += DEPTH) {
@@ -47,8 +48,8 @@ static void multiply(int64_t m, int64_t n, int64_t depth, const real *a, int64_t
             real *of_c = c + j;
             int64_t i = 0;
             for (; i + TILE_ROWS <= m; i += TILE_ROWS)
-                multiply_tile(TILE_ROWS, length, of_a + i * row_step, row_step, step, of_b, b_stride,
-                              of_c + i * c_stride, c_stride, sum);
+                multiply_tile(TILE_ROWS, length, of_a + i * row_step, row_step, step, of_b,
+                              b_stride, of_c + i * c_stride, c_stride, sum);
             for (; i + 4 <= m; i += 4)
                 multiply_tile(4, length, of_a + i * row_step, row_step, step, of_b, b_stride,
                               of_c + i * c_stride, c_stride, sum);
@@ -60,8 +61,8 @@ static void multiply(int64_t m, int64_t n, int64_t depth, const real *a, int64_t
 }
 
 /* Rows of `from` into rows of `to` that are wider, with zeros behind them. */
-static void copy_padded(const real *from, int64_t from_stride, real *to, int64_t to_stride, int64_t rows,
-                        int64_t columns) {
+static void copy_padded(const real *from, int64_t from_stride, real *to, int64_t to_stride,
+                        int64_t rows, int64_t columns) {
     for (int64_t i = 0; i < rows; i++) {
         memcpy(to + i * to_stride, from + i * from_stride, columns * sizeof(real));
         memset(to + i * to_stride + columns, 0, (to_stride - columns) * sizeof(real));

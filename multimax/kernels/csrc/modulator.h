@@ -10,13 +10,18 @@
 
 #define MOST_COEFFICIENTS 10
 
-typedef struct { real scale, shift, t0, t1, t2, t3, r0, r1, r2, r3; } Modulator;
-typedef struct { double values[MOST_COEFFICIENTS]; } Sums;
+typedef struct {
+    real scale, shift, t0, t1, t2, t3, r0, r1, r2, r3;
+} Modulator;
+typedef struct {
+    double values[MOST_COEFFICIENTS];
+} Sums;
 
 static Modulator modulator(const real *c, int order) {
     if (order == 0) return (Modulator){.scale = c[0], .shift = c[1]};
     if (order == 1)
-        return (Modulator){.scale = c[0], .shift = c[1], .t0 = c[2], .t1 = c[3], .r0 = c[4], .r1 = c[5]};
+        return (Modulator){
+            .scale = c[0], .shift = c[1], .t0 = c[2], .t1 = c[3], .r0 = c[4], .r1 = c[5]};
     return (Modulator){c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9]};
 }
 
@@ -69,10 +74,14 @@ INLINE double exponentiate_row(real *y, int64_t n, real highest) {
     return total;
 }
 
-/* Of one vector, from dy to dx; s, u, scale and shift sum up what the coefficients' gradients need. */
-typedef struct { vector s[4], u[4], scale, shift; } VectorSums;
+/* Of one vector, from dy to dx; s, u, scale and shift sum up what the coefficients' gradients need.
+ */
+typedef struct {
+    vector s[4], u[4], scale, shift;
+} VectorSums;
 
-INLINE vector pull_back_vector(vector x, vector dy, Modulator m, int order, int masked, VectorSums *sums) {
+INLINE vector pull_back_vector(vector x, vector dy, Modulator m, int order, int masked,
+                               VectorSums *sums) {
     if (masked) x = where(dy != 0, x); /* a masked score may be anything */
     vector z = m.scale * x + m.shift, slope = (vector){0} + 1;
     if (order >= 1) {
@@ -136,10 +145,14 @@ INLINE void pull_back(const real *x, real *d, int64_t n, Modulator m, int order,
                       double *sums) {
     for (int64_t start = 0; start < n; start += SEGMENT) {
         int64_t length = start + SEGMENT < n ? SEGMENT : n - start;
-        if (sums && masked) pull_back_segment(x + start, d + start, length, m, order, 1, sums);
-        else if (sums) pull_back_segment(x + start, d + start, length, m, order, 0, sums);
-        else if (masked) pull_back_segment(x + start, d + start, length, m, order, 1, NULL);
-        else pull_back_segment(x + start, d + start, length, m, order, 0, NULL);
+        if (sums && masked)
+            pull_back_segment(x + start, d + start, length, m, order, 1, sums);
+        else if (sums)
+            pull_back_segment(x + start, d + start, length, m, order, 0, sums);
+        else if (masked)
+            pull_back_segment(x + start, d + start, length, m, order, 1, NULL);
+        else
+            pull_back_segment(x + start, d + start, length, m, order, 0, NULL);
     }
 }
 
@@ -150,9 +163,18 @@ INLINE void scale_row(real *p, int64_t n, real factor) {
 
 #define BY_ORDER(order, call)                                                                      \
     switch (order) {                                                                               \
-    case 0: { enum { ORDER = 0 }; call; } break;                                                   \
-    case 1: { enum { ORDER = 1 }; call; } break;                                                   \
-    default: { enum { ORDER = 2 }; call; } break;                                                  \
+    case 0: {                                                                                      \
+        enum { ORDER = 0 };                                                                        \
+        call;                                                                                      \
+    } break;                                                                                       \
+    case 1: {                                                                                      \
+        enum { ORDER = 1 };                                                                        \
+        call;                                                                                      \
+    } break;                                                                                       \
+    default: {                                                                                     \
+        enum { ORDER = 2 };                                                                        \
+        call;                                                                                      \
+    } break;                                                                                       \
     }
 
 /* Sums of the chunks, in their order, whatever the number of threads. */

@@ -49,7 +49,9 @@ INLINE vector load(const real *from) {
 
 INLINE void store(real *to, vector v) { memcpy(to, &v, sizeof v); }
 
-INLINE vector where(mask_vector condition, vector v) { return (vector)(condition & (mask_vector)v); }
+INLINE vector where(mask_vector condition, vector v) {
+    return (vector)(condition & (mask_vector)v);
+}
 
 INLINE mask_vector exceeds_zero(vector v) { return ~(v <= 0); } /* or is NaN */
 
@@ -63,7 +65,7 @@ INLINE real sum_of(vector v) {
    other structures, in compiled.py. */
 typedef struct {
     int64_t outer, heads, queries, columns;
-    const uint8_t *mask; /* 1: may receive mass; NULL: all may */
+    const uint8_t *mask;                       /* 1: may receive mass; NULL: all may */
     int64_t mask_outer, mask_head, mask_query; /* strides of the mask */
     int64_t threads;
 } Rows;
@@ -86,8 +88,7 @@ INLINE Row row_at(const Rows *rows, int64_t index) {
     int64_t query = index % rows->queries, rest = index / rows->queries;
     int64_t head = rest % rows->heads, outer = rest / rows->heads;
     const uint8_t *mask = rows->mask;
-    if (mask)
-        mask += outer * rows->mask_outer + head * rows->mask_head + query * rows->mask_query;
+    if (mask) mask += outer * rows->mask_outer + head * rows->mask_head + query * rows->mask_query;
     return (Row){.limit = rows->columns, .mask = mask};
 }
 

@@ -1,5 +1,6 @@
 /* The k-th largest entry of each row, by bisection over its bit pattern: the patterns of real
-   numbers, as integers, are in the order of the numbers once those of the negative ones are turned. */
+   numbers, as integers, are in the order of the numbers once those of the negative ones are turned.
+ */
 #include "rows.h"
 
 #define SIGN_BIT (8 * (int)sizeof(integer) - 1)
@@ -30,8 +31,10 @@ INLINE real kth_of_row(const real *x, integer *ranks, Row row, int64_t k) {
     integer low = LOWEST, high = ~LOWEST; /* at least k ranks are >= low */
     while (low < high) {
         integer middle = (low >> 1) + (high >> 1) + ((low | high) & 1); /* rounded up */
-        if (count_from(ranks, row.limit, middle) >= k) low = middle;
-        else high = middle - 1;
+        if (count_from(ranks, row.limit, middle) >= k)
+            low = middle;
+        else
+            high = middle - 1;
     }
     integer bits = turned(low);
     real kth;

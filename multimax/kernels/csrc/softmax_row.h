@@ -2,7 +2,8 @@
 #pragma once
 #include "modulator.h"
 
-/* Probabilities of a row; its statistics are the highest y and 1 / sum, or zeros if all is masked. */
+/* Probabilities of a row; its statistics are the highest y and 1 / sum, or zeros if all is masked.
+ */
 INLINE void forward_row(Row row, Modulator m, int order, const real *x, real *p, real *statistics) {
     real highest = modulate_row(x, p, row, m, order);
     if (highest == -INFINITY) highest = 0; /* all masked, or NaN, which `>` does not see */

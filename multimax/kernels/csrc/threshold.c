@@ -22,8 +22,8 @@ INLINE int shift_row(const real *x, real *s, Row row, real factor) {
     return any;
 }
 
-/* Newton's method from the left, where the sum of p is convex, decreasing and at least 1: it rises to
-   tau and never passes it. For sparsemax it ends, on the support, after finitely many steps. */
+/* Newton's method from the left, where the sum of p is convex, decreasing and at least 1: it rises
+   to tau and never passes it. For sparsemax it ends, on the support, after finitely many steps. */
 INLINE real find_threshold(const real *s, int64_t n, int squared) {
     real tau = -1;
     double support = -1;
@@ -93,8 +93,10 @@ int threshold_forward(const Rows *rows, int squared, const real *x, real *p) {
     for (int64_t start = 0; start < count; start += size)
         for (int64_t i = start; i < start + size && i < count; i++) {
             int64_t at = i * rows->columns;
-            if (squared) threshold_row(x + at, p + at, row_at(rows, i), 1);
-            else threshold_row(x + at, p + at, row_at(rows, i), 0);
+            if (squared)
+                threshold_row(x + at, p + at, row_at(rows, i), 1);
+            else
+                threshold_row(x + at, p + at, row_at(rows, i), 0);
         }
     return 0;
 }
@@ -104,8 +106,10 @@ int threshold_backward(const Rows *rows, int squared, const real *p, const real 
 #pragma omp parallel for schedule(static) num_threads(rows->threads)
     for (int64_t start = 0; start < count; start += size)
         for (int64_t i = start; i < start + size && i < count; i++) {
-            if (squared) threshold_backward_row(p + i * n, g + i * n, dx + i * n, n, 1);
-            else threshold_backward_row(p + i * n, g + i * n, dx + i * n, n, 0);
+            if (squared)
+                threshold_backward_row(p + i * n, g + i * n, dx + i * n, n, 1);
+            else
+                threshold_backward_row(p + i * n, g + i * n, dx + i * n, n, 0);
         }
     return 0;
 }
