@@ -1,7 +1,7 @@
 """The C kernels in `csrc/`: compiled when they are first needed, then kept on disk.
 
-They need a C compiler (`CC`, else `cc`, `gcc` or `clang`) and no header but C's own; it takes about
-two seconds. Without one, everything runs on torch operations, and `unavailable()` says why.
+They need a C compiler (`CC`, else `cc`, `gcc` or `clang`) and no header but C's own; it takes some
+seconds. Without one, everything runs on torch operations, and `unavailable()` says why.
 """
 
 import atexit

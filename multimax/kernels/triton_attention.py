@@ -52,7 +52,7 @@ def triton_attention(
             MultiMax has c0 = 1 and c1 = 0 unless it is affine. N = 0 is SoftMax of temperature
             1 / c0.
         mask: bool, broadcastable to (B, H, queries, keys), True where a key may be attended. It is
-            never expanded in memory, but copied if it has rows that are not multiples of 16.
+            never expanded in memory, but copied if its rows differ and are no multiples of 16.
         causal: let query i attend to keys up to i + keys - queries. Combines with `mask`.
         dropout: in [0, 1), applied to the probabilities; pass 0 in evaluation. The seed is drawn
             from torch's default CPU generator.
@@ -129,9 +129,9 @@ def _expanded(mask: Tensor, query: Tensor, keys: int) -> Tensor:
             f"{tuple(mask.shape)}"
         ) from None
     mask = mask[tuple(slice(1) if stride == 0 else slice(None) for stride in mask.stride())]
-    if min(mask.shape[2:]) > 1 and (mask.stride(3) != 1 or mask.stride(2) % 16):
-        # Rows at odd addresses are read byte by byte, for which the programs lack registers.
-        mask = F.pad(mask, (0, -mask.size(3) % 16))[..., : mask.size(3)]
+    # A tile of a mask is read 16 entries at a time, for which its rows must begin and end there.
+    if min(mask.shape[2:]) > 1 and (keys % 16 or mask.stride(2) % 16 or mask.stride(3) != 1):
+        mask = F.pad(mask, (0, -keys % 16))[..., :keys]
     # Triton 3.8 does not compile fp64 products with what depends on a load of narrower numbers.
     integers = mask.long() if query.dtype == torch.float64 else mask.view(torch.uint8)
     return integers.expand(shape)
@@ -163,7 +163,7 @@ def block_sizes(width: int, dtype: torch.dtype) -> tuple[Blocks, Blocks, Blocks]
         return blocks, blocks, blocks
     return (
         Blocks(128, 64, warps=8, stages=2),
-        Blocks(128, 32 if width <= 64 else 16, warps=8, stages=2),
+        Blocks(128, 16, warps=8, stages=2),
         Blocks(32, 128 if width <= 64 else 64, warps=8, stages=2),
     )
 

@@ -65,7 +65,7 @@ def allowed_pairs(
     """Which pairs of a tile exist and may attend.
 
     `mask` is a tensor of integers or None. If its stride over queries is None, all queries of a
-    head share one row of it, as in a padding mask, and it is read once.
+    head share one row of it, as in a padding mask. Else it can be read up to a multiple of 16 keys.
     """
     query_id, key_id = first_query + query, first_key + key
     allowed = (query_id < queries) & (key_id < keys)
@@ -75,8 +75,9 @@ def allowed_pairs(
         if query_stride is None:
             inside = tl.load(pointers, mask=key_id < keys, other=0)
         else:
-            pointers += tl.cast(first_query, tl.int64) * query_stride
-            inside = tl.load(pointers + query * query_stride, mask=allowed, other=0)
+            pointers += tl.cast(first_query, tl.int64) * query_stride + query * query_stride
+            readable = (query_id < queries) & (key_id < tl.cdiv(keys, 16) * 16)
+            inside = tl.load(pointers, mask=readable, other=0)
         allowed = allowed & (inside != 0)
     if causal:
         allowed = allowed & (key_id <= query_id + (keys - queries))

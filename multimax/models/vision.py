@@ -20,9 +20,9 @@ class NormalizedAttention(Attention):
     """timm's self-attention with another normalizer in the place of SoftMax.
 
     Subclasses made by `normalized_attention` bind the normalizer. Each layer has its own, shared
-    by the heads of the layer. entmax, entmax15 and sparsemax iterate until their values converge,
-    so that `torch.compile` cannot trace them in one graph; it breaks the graph there, and
-    `fullgraph=True` is an error. All other normalizers compile without a break.
+    by the heads of the layer. Without the compiled kernels, and for an entmax whose alpha is not
+    1.5 or 2, the threshold is iterated until it converges, which `torch.compile` cannot trace in
+    one graph: it breaks the graph there, and `fullgraph=True` is an error.
 
     Args:
         dim: embedding dimension, a multiple of `num_heads`.

@@ -1,6 +1,7 @@
 """SoftMax of modulated scores: the modulator of MultiMax, and the form that the kernels accept."""
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,17 @@ def modulated_softmax(
 
 
 class ModulatedSoftMax(LogitNormalizer):
-    """SoftMax of scores that are first changed one by one: the form that fused kernels accept."""
+    """SoftMax of scores that are first changed one by one: the form that fused kernels accept.
+
+    A subclass that overrides `modulate` or `forward` is not fused unless it also overrides
+    `coefficients`, with `fusible`.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        own = vars(cls)
+        if {"modulate", "forward"} & own.keys() and not {"fusible", "coefficients"} <= own.keys():
+            cls.fusible = property(lambda self: False)  # pyright: ignore[reportAttributeAccessIssue]
 
     @abstractmethod
     def modulate(self, scores: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ def test_blockwise_says_what_hinders_it():
     fails_with("query, key and value are torch.int64", query.long(), key.long(), value.long())
     fails_with("the tensors are on meta", *(t.to("meta") for t in (query, key, value)))
     fails_with("there is nothing to compute", query[:0], key[:0], value[:0])
+
     def inside(*tensors):
         fails_with("function transforms such as vmap need torch operations", *tensors)
         return tensors
@@ -118,6 +119,7 @@ def test_blockwise_says_what_hinders_it():
     vmap(inside)(query, key, value)
 
 
+@needs_kernels
 @pytest.mark.parametrize("backend", ["eager", "auto", "blockwise"])
 @pytest.mark.parametrize(
     ("shapes", "message"),

@@ -109,6 +109,17 @@ def test_tiles_of_any_form(queries, keys, blocks, device, monkeypatch):
     compare(inputs, build("multimax-2"), padding(keys, device)[1:], causal=True)
 
 
+@pytest.mark.parametrize("shape", [(17, 20), (2, 1, 20), (2, 1, 17, 1)])
+def test_mask_shapes(shape, device):
+    """A mask for all samples, one for each head, one of whole queries; each as a view, too."""
+    inputs = draw(17, 20, device=device)
+    mask = torch.rand(*shape, 2, device=device)[..., 0] < 0.7
+    compare(inputs, build("multimax-2"), mask, causal=True)
+    broadcast = module._expanded(mask.expand(2, 2, 17, 20), inputs[0], 20)
+    assert broadcast.shape == (2, 2, 17, 20)
+    assert broadcast.untyped_storage().nbytes() < 8 * 2 * 17 * 32 + 1  # of int64, for fp64
+
+
 @pytest.mark.parametrize("scale", [0.05, -0.3])
 def test_scale(scale, device):
     inputs = draw(17, 18, heads=1, batch=1, device=device)
