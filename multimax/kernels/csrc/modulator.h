@@ -115,10 +115,11 @@ INLINE vector pull_back_vector(vector x, vector dy, Modulator m, int order, int 
     return dz * m.scale;
 }
 
-/* From dy to dx, in place, adding up the gradients of the coefficients; no dy, no gradient. */
-INLINE void pull_back_segment(const real *x, real *d, int64_t n, Modulator m, int order, int masked,
-                              double *sums) {
-    VectorSums of_vectors = {0}, *v = sums ? &of_vectors : NULL;
+/* From dy to dx, in place, adding to the sums, unless they are NULL; no dy, no gradient. */
+INLINE void pull_back_some(const real *x, real *d, int64_t n, Modulator m, int order, int masked,
+                           VectorSums *sums) {
+    VectorSums local = {0}, *v = NULL;
+    if (sums) local = *sums, v = &local; /* in registers */
     int64_t j = 0;
     for (; j + LANES <= n; j += LANES)
         store(d + j, pull_back_vector(load(x + j), load(d + j), m, order, masked, v));
@@ -131,7 +132,23 @@ INLINE void pull_back_segment(const real *x, real *d, int64_t n, Modulator m, in
         store(rest_d, pull_back_vector(load(rest_x), load(rest_d), m, order, masked, v));
         memcpy(d + j, rest_d, (n - j) * sizeof(real));
     }
-    if (!sums) return;
+    if (sums) *sums = local;
+}
+
+INLINE void pull_back_block(const real *x, real *d, int64_t n, Modulator m, int order, int masked,
+                            VectorSums *sums) {
+    if (sums && masked)
+        pull_back_some(x, d, n, m, order, 1, sums);
+    else if (sums)
+        pull_back_some(x, d, n, m, order, 0, sums);
+    else if (masked)
+        pull_back_some(x, d, n, m, order, 1, NULL);
+    else
+        pull_back_some(x, d, n, m, order, 0, NULL);
+}
+
+/* The gradients of the coefficients from the sums over some thousand entries. */
+INLINE void add_sums(const VectorSums *v, Modulator m, int order, double *sums) {
     double t[4] = {m.t0, -m.t1, 2 * (double)m.t2, -2 * (double)m.t3};
     sums[0] += sum_of(v->scale);
     sums[1] += sum_of(v->shift);
@@ -145,14 +162,9 @@ INLINE void pull_back(const real *x, real *d, int64_t n, Modulator m, int order,
                       double *sums) {
     for (int64_t start = 0; start < n; start += SEGMENT) {
         int64_t length = start + SEGMENT < n ? SEGMENT : n - start;
-        if (sums && masked)
-            pull_back_segment(x + start, d + start, length, m, order, 1, sums);
-        else if (sums)
-            pull_back_segment(x + start, d + start, length, m, order, 0, sums);
-        else if (masked)
-            pull_back_segment(x + start, d + start, length, m, order, 1, NULL);
-        else
-            pull_back_segment(x + start, d + start, length, m, order, 0, NULL);
+        VectorSums of_segment = {0};
+        pull_back_block(x + start, d + start, length, m, order, masked, sums ? &of_segment : NULL);
+        if (sums) add_sums(&of_segment, m, order, sums);
     }
 }
 

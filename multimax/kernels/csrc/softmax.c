@@ -1,6 +1,8 @@
 /* SoftMax of modulated scores, forward and backward. */
 #include "softmax_row.h"
 
+#define STEP 1024 /* entries */
+
 int softmax_forward(const Rows *rows, int order, const real *coefficients, const real *x, real *p) {
     Modulator m = modulator(coefficients, order);
     int64_t count = row_count(rows), size = rows_in_chunk(rows);
@@ -15,24 +17,37 @@ int softmax_forward(const Rows *rows, int order, const real *coefficients, const
     return 0;
 }
 
-/* From p and g = dL/dp to dL/dx. */
+INLINE void subtract_row(Row row, const real *p, const real *g, real *dx) {
+    real mean = (real)dot(p, g, row.limit);
+    if (row.mask && !isfinite(mean)) { /* perhaps because of a g that is masked */
+        mask_row(row, g, dx);
+        mean = (real)dot(p, dx, row.limit);
+        subtract_mean_row(row, p, dx, mean, dx);
+        mask_row(row, dx, dx);
+    } else {
+        subtract_mean_row(row, p, g, mean, dx);
+    }
+}
+
+/* From p and g = dL/dp to dL/dx, in steps of some rows that stay in the L1 cache. */
 INLINE void backward_chunk(const Rows *rows, Modulator m, int order, int64_t start, int64_t end,
                            const real *x, const real *p, const real *g, real *dx, double *sums) {
-    int64_t columns = rows->columns, first = start * columns, n = (end - start) * columns;
-    for (int64_t i = start; i < end; i++) {
-        int64_t at = i * columns;
-        Row row = row_at(rows, i);
-        real mean = (real)dot(p + at, g + at, row.limit);
-        if (row.mask && !isfinite(mean)) { /* perhaps because of a g that is masked */
-            mask_row(row, g + at, dx + at);
-            mean = (real)dot(p + at, dx + at, row.limit);
-            subtract_mean_row(row, p + at, dx + at, mean, dx + at);
-            mask_row(row, dx + at, dx + at);
-        } else {
-            subtract_mean_row(row, p + at, g + at, mean, dx + at);
+    int64_t columns = rows->columns, step = columns >= STEP ? 1 : STEP / (columns + 1) + 1;
+    int masked = rows->mask != NULL;
+    VectorSums of_chunk = {0};
+    for (int64_t first = start; first < end; first += step) {
+        int64_t last = first + step < end ? first + step : end;
+        for (int64_t i = first; i < last; i++) {
+            int64_t at = i * columns;
+            subtract_row(row_at(rows, i), p + at, g + at, dx + at);
         }
+        int64_t at = first * columns, n = (last - first) * columns;
+        if (n > 2 * STEP)
+            pull_back(x + at, dx + at, n, m, order, masked, sums);
+        else
+            pull_back_block(x + at, dx + at, n, m, order, masked, sums ? &of_chunk : NULL);
     }
-    pull_back(x + first, dx + first, n, m, order, rows->mask != NULL, sums);
+    if (sums) add_sums(&of_chunk, m, order, sums);
 }
 
 /* `sums` (2 + 4 order) gets the gradients of the coefficients, unless it is NULL. */
