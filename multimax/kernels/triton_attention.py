@@ -190,15 +190,8 @@ def _programs(tensor: Tensor, block: int) -> tuple[int]:
     return (tensor.size(0) * tensor.size(1) * triton.cdiv(tensor.size(2), block),)
 
 
-def _strided(**tensors: Tensor) -> dict[str, Any]:
-    return {name: (tensor, *tensor.stride()) for name, tensor in tensors.items()}
-
-
-def _strided_mask(mask: Tensor | None) -> tuple[Any, ...] | None:
-    if mask is None:
-        return None
-    batch, head, query, key = mask.stride()
-    return mask, batch, head, query or None, key
+def _strided(**tensors: Tensor | None) -> dict[str, Any]:
+    return {name: t if t is None else (t, *t.stride()) for name, t in tensors.items()}
 
 
 class _Attention(Function):
@@ -216,14 +209,14 @@ class _Attention(Function):
             "dropout": float(dropout) if dropout else None,
             "order": order_of(coefficients, query.device),
             "causal": bool(causal),
+            "mask_by_query": mask is not None and mask.stride(2) != 0,
         }
         output = torch.empty_like(query)
         logsumexp = c.new_empty(query.shape[:3])
         blocks, _, _ = block_sizes(_width(query), query.dtype)
         with torch.cuda.device_of(query):
             attention_forward[_programs(query, blocks.queries)](
-                **_strided(query=query, key=key, value=value, output=output),
-                mask=_strided_mask(mask),
+                **_strided(query=query, key=key, value=value, mask=mask, output=output),
                 coefficients=c,
                 logsumexp=logsumexp,
                 **arguments,
@@ -242,9 +235,10 @@ class _Attention(Function):
         programs = _programs(query, of_query.queries)
         parts = c.new_empty(*programs, c.numel()) if ctx.needs_input_grad[3] else None
         delta = torch.empty_like(logsumexp)
-        common = _strided(query=query, key=key, value=value, output_gradient=output_gradient)
-        common |= {"mask": _strided_mask(mask), "coefficients": c, **ctx.arguments}
-        common |= {"logsumexp": logsumexp, "delta": delta}
+        common = _strided(
+            query=query, key=key, value=value, mask=mask, output_gradient=output_gradient
+        )
+        common |= {"coefficients": c, "logsumexp": logsumexp, "delta": delta, **ctx.arguments}
         with torch.cuda.device_of(query):
             attention_backward_query[programs](
                 **common,

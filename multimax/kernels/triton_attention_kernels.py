@@ -52,6 +52,7 @@ def attention_forward(
     dropout,
     order: tl.constexpr,
     causal: tl.constexpr,
+    mask_by_query: tl.constexpr,
     dim: tl.constexpr,
     width: tl.constexpr,
     block_queries: tl.constexpr,
@@ -75,7 +76,9 @@ def attention_forward(
         v = load_tile(value, start, keys, block_keys, dim, width)
         scores = tl.dot(q, tl.trans(k), input_precision=precision)
         modulated, _ = modulate(scores, c, order)
-        allowed = allowed_pairs(mask, batch, head, first, start, i, j, queries, keys, causal)
+        allowed = allowed_pairs(
+            mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
+        )
         modulated = tl.where(allowed, modulated, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(modulated, 1))
         # A row that has seen nothing allowed has the maximum -inf, and -inf - -inf is NaN.
@@ -135,6 +138,7 @@ def attention_backward_query(
     dropout,
     order: tl.constexpr,
     causal: tl.constexpr,
+    mask_by_query: tl.constexpr,
     dim: tl.constexpr,
     width: tl.constexpr,
     block_queries: tl.constexpr,
@@ -172,7 +176,9 @@ def attention_backward_query(
         v = load_tile(value, start, keys, block_keys, dim, width)
         scores = tl.dot(q, tl.trans(k), input_precision=precision)
         gradient = tl.dot(do, tl.trans(v), input_precision=precision)
-        allowed = allowed_pairs(mask, batch, head, first, start, i, j, queries, keys, causal)
+        allowed = allowed_pairs(
+            mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
+        )
         factor = 1.0
         if dropout is not None:
             factor = dropout_factor(seed, dropout, row, first + i, start + j, queries, keys, dtype)
@@ -213,6 +219,7 @@ def attention_backward_key_value(
     dropout,
     order: tl.constexpr,
     causal: tl.constexpr,
+    mask_by_query: tl.constexpr,
     dim: tl.constexpr,
     width: tl.constexpr,
     block_queries: tl.constexpr,
@@ -245,7 +252,9 @@ def attention_backward_key_value(
             d = tl.load(delta + row * queries + rows, mask=rows < queries, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision=precision)
             gradient = tl.dot(v, tl.trans(do), input_precision=precision)
-            allowed = allowed_pairs(mask, batch, head, start, first, i, j, queries, keys, causal)
+            allowed = allowed_pairs(
+                mask, batch, head, start, first, i, j, queries, keys, causal, mask_by_query
+            )
             factor = 1.0
             if dropout is not None:
                 factor = dropout_factor(

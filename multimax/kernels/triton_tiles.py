@@ -60,24 +60,34 @@ def store_tile(
 
 @triton.jit
 def allowed_pairs(
-    mask, batch, head, first_query, first_key, query, key, queries, keys, causal: tl.constexpr
+    mask,
+    batch,
+    head,
+    first_query,
+    first_key,
+    query,
+    key,
+    queries,
+    keys,
+    causal: tl.constexpr,
+    mask_by_query: tl.constexpr,
 ):
     """Which pairs of a tile exist and may attend.
 
-    `mask` is a tensor of integers or None. If its stride over queries is None, all queries of a
-    head share one row of it, as in a padding mask. Else it can be read up to a multiple of 16 keys.
+    `mask` is a tensor of integers or None. If it is the same for all queries of a head, as padding
+    is, only one row is read. Else the memory of its rows goes on to a multiple of 16 keys.
     """
     query_id, key_id = first_query + query, first_key + key
     allowed = (query_id < queries) & (key_id < keys)
     if mask is not None:
         start, query_stride, key_stride = of_head(mask, batch, head)
         pointers = start + tl.cast(first_key, tl.int64) * key_stride + key * key_stride
-        if query_stride is None:
-            inside = tl.load(pointers, mask=key_id < keys, other=0)
-        else:
+        if mask_by_query:
             pointers += tl.cast(first_query, tl.int64) * query_stride + query * query_stride
             readable = (query_id < queries) & (key_id < tl.cdiv(keys, 16) * 16)
             inside = tl.load(pointers, mask=readable, other=0)
+        else:
+            inside = tl.load(pointers, mask=key_id < keys, other=0)
         allowed = allowed & (inside != 0)
     if causal:
         allowed = allowed & (key_id <= query_id + (keys - queries))
