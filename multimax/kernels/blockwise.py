@@ -97,10 +97,11 @@ def _attention_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_for_kernel(tensor) for tensor in (query, key, value))
-    out = q.new_empty(*q.shape[:-1], v.size(-1))
+    out = _new_out(q, v)
     statistics = q.new_empty(*q.shape[:-1], 2)
     task = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
-    task.out, task.statistics = address(out), address(statistics)
+    task.out, task.out_strides = address(out), _strides(out)
+    task.statistics = address(statistics)
     compiled.call(q.dtype, "attention_forward", task)
     return out.to(query.dtype), statistics
 
@@ -108,7 +109,7 @@ def _attention_forward(
 @_attention_forward.register_fake
 def _(query, key, value, coefficients, mask, seed, causal, dropout, scale):
     statistics = coefficients.new_empty(*query.shape[:-1], 2)
-    return query.new_empty(*query.shape[:-1], value.size(-1)), statistics
+    return _new_out(query, value), statistics
 
 
 @torch.library.custom_op("multimax::attention_backward", mutates_args=())
@@ -128,11 +129,12 @@ def _attention_backward(
     learned: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, k, v, d_out = (_for_kernel(tensor) for tensor in (query, key, value, grad))
-    of_out = _for_kernel(out).contiguous()
+    of_out = _for_kernel(out)
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     sums = torch.zeros(coefficients.shape, dtype=torch.float64)
     task = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
-    task.out, task.statistics = address(of_out), address(statistics)
+    task.out, task.out_strides = address(of_out), _strides(of_out)
+    task.statistics = address(statistics)
     task.d_out, task.d_out_strides = address(d_out), _strides(d_out)
     task.d_query, task.d_key, task.d_value = address(dq), address(dk), address(dv)
     if learned:
@@ -168,6 +170,15 @@ def _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale) -> Any:
         task.mask, task.mask_strides = address(mask), _strides(mask)
         task.held.append(mask)
     return task
+
+
+def _new_out(query: Tensor, value: Tensor) -> Tensor:
+    """(batch, heads, queries, value_dim) in the memory of (batch, queries, heads, value_dim).
+
+    Merging the heads is then a view, so that the output projection saves the same memory as this.
+    """
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, queries, heads, value.size(-1)).transpose(1, 2)
 
 
 def _strides(tensor: Tensor) -> Any:

@@ -14,10 +14,10 @@
 typedef struct {
     int64_t batch, heads, key_heads, queries, keys, dim, value_dim;
     const real *query, *key, *value, *out, *d_out; /* out is written by the forward pass */
-    int64_t query_strides[3], key_strides[3], value_strides[3],
-        d_out_strides[3];            /* batch, head, row */
+    int64_t query_strides[3], key_strides[3], value_strides[3]; /* batch, head, row */
+    int64_t out_strides[3], d_out_strides[3];
     real *statistics;                /* (batch, heads, queries, 2) */
-    real *d_query, *d_key, *d_value; /* contiguous, as out */
+    real *d_query, *d_key, *d_value; /* contiguous */
     const uint8_t *mask;             /* 1: may be attended; NULL: all may */
     int64_t mask_strides[3];         /* batch, head, query */
     int64_t causal;                  /* query i sees keys up to i + keys - queries */
@@ -136,7 +136,7 @@ static void forward_tile(Space *s, const Attention *a, Modulator m, int64_t b, i
     multiply(rows, s->value_dim, seen, s->scores, s->width, 1, s->value, s->value_dim, s->result,
              s->value_dim, 0);
     for (int64_t i = 0; i < rows; i++)
-        memcpy((real *)a->out + (first + i) * a->value_dim, s->result + i * s->value_dim,
+        memcpy((real *)at(a->out, a->out_strides, b, h, q + i), s->result + i * s->value_dim,
                a->value_dim * sizeof(real));
 }
 
@@ -154,8 +154,8 @@ INLINE void backward_tile(Space *s, const Attention *a, Modulator m, int order, 
         real *p = s->p + i * s->width, *d = s->d + i * s->width;
         Row row = row_of(a, b, h, q + i);
         recompute_row(row, m, order, s->scores + i * s->width, a->statistics + 2 * (first + i), p);
-        real delta = (real)dot(s->d_out + i * s->value_dim, a->out + (first + i) * a->value_dim,
-                               a->value_dim);
+        const real *out = at(a->out, a->out_strides, b, h, q + i);
+        real delta = (real)dot(s->d_out + i * s->value_dim, out, a->value_dim);
         subtract_mean_row(row, p, d, delta, d);
         drop_row(row, p);
         if (row.mask && !isfinite(delta)) {
