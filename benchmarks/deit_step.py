@@ -157,7 +157,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     time.bar_label(bars, [f"x {row['step_ratio']:.2f}" for row in rows], padding=3, fontsize=9)
     time.set(title=f"training step (multiple of {names[0]})", xlabel="seconds")
     held = memory.barh(names, [row["activation_mib"] for row in rows], color=GREEN)
-    memory.bar_label(held, fmt="{:,.3g}", padding=3, fontsize=9)
+    memory.bar_label(held, fmt="{:,.0f}", padding=3, fontsize=9)
     memory.set(title="memory held for backward", xlabel="MiB")
     time.invert_yaxis()
     for axes in (time, memory):
