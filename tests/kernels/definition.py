@@ -14,7 +14,10 @@ from multimax.kernels.backend import use_backend
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     UNAVAILABLE = compiled.unavailable()
-needs_kernels = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
+needs_kernels = pytest.mark.skipif(
+    UNAVAILABLE is not None,
+    reason=f"tests the compiled kernels, which this machine cannot have: {UNAVAILABLE}",
+)
 
 MODULATED = {
     "softmax": SoftMax,
