@@ -13,7 +13,7 @@ from typing import Any
 
 from scipy import stats
 
-from multimax.training.files import write_json
+from multimax.files import write_json
 
 RUNS = Path("results/runs")
 Result = dict[str, Any]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.results import RUNS, Result, load, mean_and_deviation, paired_difference
-from multimax.training.files import write_atomically
+from multimax.files import write_atomically
 
 BASELINE = "softmax"
 LABELS = {

@@ -8,15 +8,13 @@ from importlib.util import find_spec
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from multimax.functional import check_mask, eager_attention, repeat_heads, to_compute_precision
 from multimax.kernels import rows
 from multimax.kernels.backend import check_backend, chosen_backend, use_backend
 from multimax.kernels.blockwise import blockwise_attention
 from multimax.normalizers import ModulatedSoftMax, Normalizer
-from multimax.normalizers.base import check_mask, to_compute_precision
-from multimax.normalizers.modulated import modulated_softmax
 
 LARGEST_TRITON_HEAD = 128
 
@@ -62,7 +60,7 @@ def attention(
     name = chosen_backend() if backend is None else backend
     kernel = _choose(name, query, key, value, normalizer)
     if kernel is None:
-        key, value = _repeat_heads(query, key, value)
+        key, value = repeat_heads(query, key, value)
         with nullcontext() if backend is None else use_backend(backend):  # of the normalizer too
             return eager_attention(query, key, value, normalizer, mask, causal, dropout, scale)
     q, k, v, mask, leading = _four_dimensions(query, key, value, mask)
@@ -70,30 +68,6 @@ def attention(
     coefficients = cast(ModulatedSoftMax, normalizer).coefficients(dtype, query.device)
     out = kernel(q, k, v, coefficients, mask, causal, dropout, scale)
     return out.reshape(*leading, *out.shape[-2:])
-
-
-def eager_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    normalizer: Callable[..., Tensor],
-    mask: Tensor | None,
-    causal: bool,
-    dropout: float,
-    scale: float,
-) -> Tensor:
-    """The definition of `attention`, with its arguments; query and key have the same heads."""
-    scores = (query * scale) @ key.transpose(-2, -1)
-    if causal:
-        allowed = causal_mask(query.size(-2), key.size(-2), query.device)
-        mask = allowed if mask is None else mask & allowed
-    probabilities = normalizer(scores, mask=mask)
-    return F.dropout(probabilities, dropout) @ value
-
-
-def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
-    """(queries, keys) bool, True where query i may attend: keys up to i + keys - queries."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
@@ -148,37 +122,13 @@ def _obstacle(
     return None if find_spec("triton") else "Triton is not installed: pip install triton"
 
 
-def _blockwise(q, k, v, coefficients, mask, causal, dropout, scale) -> Tensor:
-    def reference(q, k, v, coefficients):
-        def normalizer(scores, mask):
-            return modulated_softmax(scores, coefficients, -1, mask)
-
-        k, v = _repeat_heads(q, k, v)
-        return eager_attention(q, k, v, normalizer, mask, causal, 0.0, scale)
-
-    return blockwise_attention(q, k, v, coefficients, mask, causal, dropout, scale, reference)
-
-
 def _triton(q, k, v, coefficients, mask, causal, dropout, scale) -> Tensor:
     from multimax.kernels.triton_attention import triton_attention  # not everyone has Triton
 
     return triton_attention(q, k, v, coefficients, mask, causal, dropout, scale)
 
 
-_KERNELS = {"blockwise": _blockwise, "triton": _triton}
-
-
-def _repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values for every query head."""
-    if query.dim() < 3 or key.dim() < 3 or key.size(-3) in (1, query.size(-3)):
-        return key, value  # the same heads, or one for all of them
-    repeats, rest = divmod(query.size(-3), key.size(-3))
-    if rest or value.size(-3) != key.size(-3):
-        raise ValueError(
-            f"query has {query.size(-3)} heads, key {key.size(-3)} and value {value.size(-3)}: the "
-            "heads of key and value must be the same number, which divides those of query"
-        )
-    return key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+_KERNELS = {"blockwise": blockwise_attention, "triton": _triton}
 
 
 def _four_dimensions(
@@ -189,9 +139,9 @@ def _four_dimensions(
     """
     fits = query.dim() == key.dim() == 4 and query.size(0) == key.size(0)
     if fits and key.shape[:-2] == value.shape[:-2]:
-        _repeat_heads(query[:0], key[:0], value[:0])  # for its check of the heads
+        repeat_heads(query[:0], key[:0], value[:0])  # for its check of the heads
         return query, key, value, mask, query.shape[:-2]
-    key, value = _repeat_heads(query, key, value)
+    key, value = repeat_heads(query, key, value)
     leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     if mask is not None:
         mask = mask.expand(*leading, query.size(-2), key.size(-2))

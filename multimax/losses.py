@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimax.functional import to_compute_precision
 from multimax.kernels.backend import chosen_backend
 from multimax.kernels.linear_loss import (
     Step,
@@ -19,7 +20,6 @@ from multimax.kernels.linear_loss import (
 )
 from multimax.kernels.rows import obstacle
 from multimax.normalizers import EntMax, LogitNormalizer, ModulatedSoftMax, Normalizer, entmax
-from multimax.normalizers.base import to_compute_precision
 from multimax.normalizers.entmax import check_alpha
 
 

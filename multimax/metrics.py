@@ -11,8 +11,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from multimax.functional import check_mask, to_compute_precision
 from multimax.normalizers import MultiMax, Normalizer, softmax
-from multimax.normalizers.base import check_mask, to_compute_precision
 
 
 def multi_modality(

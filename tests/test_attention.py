@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from multimax import MultiMax, SoftMax
-from multimax.attention import attention, causal_mask
+from multimax.attention import attention
+from multimax.functional import causal_mask
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from multimax.data.pairs import PairSource
+from multimax.data.pairs.sources import PairSource
 from multimax.tasks import build_task
 from multimax.training.run import run
 from multimax.training.trainer import Trainer

@@ -4,15 +4,15 @@ No queries x keys matrix is ever held: the forward pass keeps two numbers per ro
 backward pass computes the probabilities again. Memory grows linearly with the sequence.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from multimax.functional import eager_attention, modulated_softmax, repeat_heads
 from multimax.kernels import compiled
 from multimax.kernels.compiled import address
-from multimax.kernels.rows import contiguous_rows, order_of
+from multimax.kernels.rows import contiguous_rows, differentiable_gradients, order_of
 
 
 def blockwise_attention(
@@ -24,7 +24,6 @@ def blockwise_attention(
     causal: bool,
     dropout: float,
     scale: float,
-    reference: Callable[..., Tensor],
 ) -> Tensor:
     """Attention with SoftMax of sigma(a * scale * query key^T + c), [a, c, ...] = coefficients.
 
@@ -35,29 +34,23 @@ def blockwise_attention(
         coefficients: (2 + 4 N,), `[scale, shift, ts, ranges]`, N = 0, 1 or 2.
         mask: bool, broadcastable to (batch, heads, queries, keys), or None.
         causal, dropout, scale: as in `multimax.attention.attention`.
-        reference: `(query, key, value, coefficients) -> Tensor`, the same in differentiable
-            operations but without dropout; for derivatives of derivatives.
 
     Returns:
         (batch, heads, queries, value_dim).
     """
     seed = torch.randint(2**62, (1,)) if dropout > 0 else None
-    return _Attention.apply(
-        query, key, value, coefficients, mask, seed, causal, dropout, scale, reference
-    )
+    return _Attention.apply(query, key, value, coefficients, mask, seed, causal, dropout, scale)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, query, key, value, coefficients, mask, seed, causal, dropout, scale, reference
-    ):
+    def forward(ctx, query, key, value, coefficients, mask, seed, causal, dropout, scale):
         options = (mask, seed, causal, dropout, scale)
         out, statistics = torch.ops.multimax.attention_forward(
             query, key, value, coefficients, *options
         )
         ctx.save_for_backward(query, key, value, coefficients, mask, seed, out, statistics)
-        ctx.options, ctx.reference = options[2:], reference
+        ctx.options = options[2:]
         return out
 
     @staticmethod
@@ -65,23 +58,29 @@ class _Attention(torch.autograd.Function):
         query, key, value, coefficients, mask, seed, out, statistics = ctx.saved_tensors
         inputs = (query, key, value, coefficients)
         if torch.is_grad_enabled():
-            grads = _by_reference(ctx.reference, inputs, grad, dropout=ctx.options[1])
+            grads = differentiable_gradients(_definition(inputs, mask, ctx.options), inputs, grad)
         else:
             learned = ctx.needs_input_grad[3]
             grads = torch.ops.multimax.attention_backward(
                 *inputs, mask, seed, *ctx.options, out, statistics, grad, learned
             )
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
-def _by_reference(reference, inputs, grad, dropout) -> list[Tensor | None]:
+def _definition(inputs, mask, options) -> Tensor:
+    """The attention in operations that can be differentiated again."""
+    query, key, value, coefficients = inputs
+    causal, dropout, scale = options
     if dropout > 0:
         raise RuntimeError(
             "second derivatives of attention with dropout need `with use_backend('eager')`"
         )
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    found = iter(torch.autograd.grad(reference(*inputs), wanted, grad, create_graph=True))
-    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+
+    def normalizer(scores, mask):
+        return modulated_softmax(scores, coefficients, -1, mask)
+
+    key, value = repeat_heads(query, key, value)
+    return eager_attention(query, key, value, normalizer, mask, causal, 0.0, scale)
 
 
 @torch.library.custom_op("multimax::attention_forward", mutates_args=())

@@ -6,7 +6,6 @@ seconds. Without one, everything runs on torch operations, and `unavailable()` s
 
 import atexit
 import ctypes
-import hashlib
 import os
 import platform
 import shlex
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from multimax.files import digest, user_cache, write_atomically
 
 # Whatever speeds up loops without changing how infinities and NaN are treated.
 FLAGS = ["-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
@@ -160,26 +161,24 @@ def _compile(compiler: list[str], dtype: torch.dtype) -> Path:
     }
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
     described = [version.stdout, repr((compiler, FLAGS, OPTIONAL, _processor()))]
-    digest = _digest(b"\0".join([*sources.values(), *(text.encode() for text in described)]))
-    name = f"kernels-{'double' if dtype == torch.float64 else 'float'}-{digest}"
+    key = digest(b"\0".join([*sources.values(), *(text.encode() for text in described)]))
+    name = f"kernels-{'double' if dtype == torch.float64 else 'float'}-{key}"
     # A name ends with the digest of its content: loading half a file would end the process.
     for kept in _cache().glob(f"{name}-*.so"):
-        if kept.stem == f"{name}-{_digest(kept.read_bytes())}":
+        if kept.stem == f"{name}-{digest(kept.read_bytes())}":
             return kept
-    with tempfile.TemporaryDirectory(dir=_cache()) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for file, content in sources.items():
             (Path(folder) / file).write_bytes(content)
         units = [str(Path(folder) / file) for file in sources if file.endswith(".c")]
         macros = ["-DDOUBLE"] if dtype == torch.float64 else []
         built = Path(folder) / "kernels.so"
         _run_compiler(compiler, [*macros, *units, "-o", str(built), "-lm"])
-        compiled = _cache() / f"{name}-{_digest(built.read_bytes())}.so"
-        os.replace(built, compiled)  # several processes may compile at once
+        content = built.read_bytes()
+    compiled = _cache() / f"{name}-{digest(content)}.so"
+    remedy = "The kernels cannot be kept there: set XDG_CACHE_HOME to another folder"
+    write_atomically(compiled, lambda stream: stream.write(content), remedy, several_writers=True)
     return compiled
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _run_compiler(compiler: list[str], arguments: list[str]) -> None:
@@ -196,7 +195,7 @@ def _run_compiler(compiler: list[str], arguments: list[str]) -> None:
 def _cache() -> Path:
     """~/.cache/multimax, or a folder of this process where that cannot be written."""
     try:
-        path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "multimax"
+        path = user_cache()
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             return path

@@ -1,16 +1,16 @@
 """SoftMax of modulated scores, sparsemax and 1.5-entmax on the CPU, by the compiled kernels.
 
-The definitions are in `multimax.normalizers`; each function here takes the one it replaces as
-`reference`, for derivatives of derivatives.
+The definitions are in `multimax.functional` and, of the thresholds, in `multimax.normalizers`.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from multimax import functional
 from multimax.kernels import compiled
 from multimax.kernels.backend import chosen_backend
 
@@ -36,23 +36,18 @@ def obstacle(tensor: Tensor) -> str | None:
 
 
 def modulated_softmax(
-    scores: Tensor,
-    coefficients: Tensor,
-    dim: int,
-    mask: Tensor | None,
-    reference: Callable[[Tensor, Tensor, int, Tensor | None], Tensor],
+    scores: Tensor, coefficients: Tensor, dim: int, mask: Tensor | None
 ) -> Tensor:
-    """SoftMax of sigma(scale * scores + shift), masked; saves the scores and the result.
+    """`multimax.functional.modulated_softmax`; saves the scores and the result.
 
     Args:
         scores: any shape, in compute precision.
         coefficients: (2 + 4 N,), `[scale, shift, ts, ranges]`, N = 0, 1 or 2; dtype of `scores`.
         dim: the dimension that sums to one.
         mask: bool, broadcastable to `scores`, or None.
-        reference: the same function in differentiable operations.
     """
     x, row_mask = _rows_last(scores, dim, mask)
-    p = _ModulatedSoftMax.apply(x, coefficients, row_mask, reference)
+    p = _ModulatedSoftMax.apply(x, coefficients, row_mask)
     return p if x is scores else p.movedim(-1, dim)
 
 
@@ -85,12 +80,11 @@ def kth_largest(scores: Tensor, k: int, dim: int, mask: Tensor | None) -> Tensor
 
 class _ModulatedSoftMax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, coefficients, mask, reference):
+    def forward(ctx, x, coefficients, mask):
         p = torch.ops.multimax.softmax_forward(x, coefficients, mask)
         # The backward pass of SoftMax with a fixed temperature needs no scores.
         ctx.keeps_scores = order_of(coefficients) > 0 or ctx.needs_input_grad[1]
         ctx.save_for_backward(x if ctx.keeps_scores else p, coefficients, p, mask)
-        ctx.reference = reference
         return p
 
     @staticmethod
@@ -98,14 +92,15 @@ class _ModulatedSoftMax(torch.autograd.Function):
         x, coefficients, p, mask = ctx.saved_tensors
         if torch.is_grad_enabled() and not ctx.keeps_scores:
             grad = coefficients[0] * p * (grad - (p * grad).sum(-1, keepdim=True))
-            return grad, None, None, None
+            return grad, None, None
         if torch.is_grad_enabled():
-            return *_by_reference(ctx.reference, [x, coefficients], mask, grad), None, None
+            definition = functional.modulated_softmax(x, coefficients, -1, mask)
+            return *differentiable_gradients(definition, [x, coefficients], grad), None
         learned = ctx.needs_input_grad[1]
         grads = torch.ops.multimax.softmax_backward(
             x, coefficients, mask, p, grad.contiguous(), learned
         )
-        return *grads, None, None
+        return *grads, None
 
 
 class _Threshold(torch.autograd.Function):
@@ -132,11 +127,12 @@ class _Threshold(torch.autograd.Function):
         return grad_scores, None, None
 
 
-def _by_reference(reference, inputs, mask, grad) -> list[Tensor | None]:
+def differentiable_gradients(
+    output: Tensor, inputs: Sequence[Tensor], grad: Tensor
+) -> list[Tensor | None]:
     """Gradients that can be differentiated again, of the inputs that need one."""
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    p = reference(*inputs, -1, mask)
-    found = iter(torch.autograd.grad(p, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]
 
 

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from multimax.functional import check_mask
 from multimax.kernels.triton_attention_kernels import (
     attention_backward_key_value,
     attention_backward_query,
     attention_forward,
 )
 from multimax.kernels.triton_modulation import check_device, compute_dtype, order_of
-from multimax.normalizers.base import check_mask
 
 LARGEST_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

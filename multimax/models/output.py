@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimax.functional import to_compute_precision
 from multimax.losses import linear_output_loss
 from multimax.normalizers import ModulatedSoftMax, Normalizer, build_aside
-from multimax.normalizers.base import to_compute_precision
 
 
 def word_embedding(size: int, embed_dim: int, padding_index: int | None) -> nn.Embedding:

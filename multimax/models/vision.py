@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from multimax.attention import attention
-from multimax.integrations.official import rename_official_keys
+from multimax.models.official_names import rename_official_keys
 from multimax.normalizers import Normalizer, build_aside
 
 

@@ -1,19 +1,20 @@
 """The normalizers, and the registry that builds one from its name."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from multimax.functional import modulate, modulate_derivative
 from multimax.normalizers.base import LogitNormalizer, Normalizer
 from multimax.normalizers.entmax import EntMax, EntMax15, entmax, entmax15
 from multimax.normalizers.evsoftmax import EvSoftMax, evsoftmax
-from multimax.normalizers.modulated import ModulatedSoftMax, modulate, modulate_derivative
+from multimax.normalizers.modulated import ModulatedSoftMax
 from multimax.normalizers.multimax import MultiMax, multimax
 from multimax.normalizers.softmax import SoftMax, softmax
 from multimax.normalizers.sparsemax import SparseMax, sparsemax
 from multimax.normalizers.topk import TopK, topk
+from multimax.registry import build
 
 NORMALIZERS: dict[str, type[Normalizer]] = {
     "softmax": SoftMax,
@@ -68,16 +69,7 @@ def build_normalizer(name: str, **options: Any) -> Normalizer:
         ValueError: the name or an option is unknown (the message lists the known ones), or an
             option is out of range.
     """
-    if name not in NORMALIZERS:
-        raise ValueError(f"unknown normalizer {name!r}; known: {', '.join(NORMALIZERS)}")
-    known = [key for key in inspect.signature(NORMALIZERS[name]).parameters]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"normalizer {name!r} has no option {', '.join(unknown)}; "
-            f"it has: {', '.join(known) or 'none'}"
-        )
-    return NORMALIZERS[name](**options)
+    return build("normalizer", NORMALIZERS, name, options)
 
 
 def build_aside(options: Mapping[str, Any]) -> Normalizer:

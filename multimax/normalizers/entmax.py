@@ -5,13 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from multimax.functional import check_mask, masked_softmax, to_compute_precision
 from multimax.kernels import rows
-from multimax.normalizers.base import (
-    Normalizer,
-    check_mask,
-    masked_softmax,
-    to_compute_precision,
-)
+from multimax.normalizers.base import Normalizer
 
 MAX_STEPS = 200  # a bound, not a setting: Newton needs about 10, bisection as many as it has bits
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from multimax.normalizers.base import check_mask, to_compute_precision
+from multimax.functional import check_mask, to_compute_precision
 from multimax.normalizers.truncated import TruncatedSoftMax, check_floor, truncated_softmax
 
 

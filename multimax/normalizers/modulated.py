@@ -6,91 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from multimax.functional import check_mask, masked_softmax, to_compute_precision
 from multimax.kernels import rows
-from multimax.normalizers.base import (
-    LogitNormalizer,
-    check_mask,
-    masked_softmax,
-    to_compute_precision,
-)
-
-
-def modulate(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
-    """The modulator sigma of MultiMax, element by element.
-
-        sigma(x) = x + sum_{n=1..N} [ (1 - t_bn) max(b_n - x, 0)^n + (t_dn - 1) max(x - d_n, 0)^n ]
-
-    Args:
-        scores: real, any shape; fp16 and bf16 are computed in fp32.
-        ts: (2N,), `[1 - t_b1, t_d1 - 1, 1 - t_b2, t_d2 - 1, ...]`; all zeros is the identity.
-        ranges: (2N,), `[b_1, d_1, b_2, d_2, ...]`, in units of the scores.
-
-    Returns:
-        Modulated scores of the shape of `scores`, in fp32 or wider.
-
-    Raises:
-        ValueError: `ts` and `ranges` are not vectors of the same even length.
-
-    Source: Zhou et al., MultiMax, ICML 2024, arXiv 2406.01189 (first and second order).
-    """
-    if ts.shape != ranges.shape or ts.dim() != 1 or ts.numel() % 2 or not ts.numel():
-        raise ValueError(
-            "ts and ranges must be vectors of one even length 2N (N = order), "
-            f"got shapes {tuple(ts.shape)} and {tuple(ranges.shape)}"
-        )
-    x = to_compute_precision(scores)
-    ts, ranges = ts.to(x.dtype), ranges.to(x.dtype)
-    modulated = x
-    for n in range(1, ts.numel() // 2 + 1):
-        low, high = 2 * n - 2, 2 * n - 1
-        below = _power(torch.relu(ranges[low] - x), n)
-        above = _power(torch.relu(x - ranges[high]), n)
-        modulated = modulated + ts[low] * below + ts[high] * above
-    return modulated
-
-
-def modulate_derivative(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
-    """d sigma / d x at `scores`, in fp32 or wider. Where it is negative, the order of scores flips.
-
-    Arguments, shapes and source are those of `modulate`; at a kink, the derivative of ReLU is 0.
-    """
-    x = to_compute_precision(scores)
-    ts, ranges = ts.to(x.dtype), ranges.to(x.dtype)
-    slope = torch.ones_like(x)
-    for n in range(1, ts.numel() // 2 + 1):
-        low, high = 2 * n - 2, 2 * n - 1
-        below, above = ranges[low] - x, x - ranges[high]
-        slope = slope - ts[low] * n * _power(below, n - 1) * (below > 0)
-        slope = slope + ts[high] * n * _power(above, n - 1) * (above > 0)
-    return slope
-
-
-def _power(base: Tensor, exponent: int) -> Tensor:
-    # Repeated multiplication: `**` is `pow`, which autocast moves to fp32 and which is slower.
-    if exponent == 0:
-        return torch.ones_like(base)
-    result = base
-    for _ in range(exponent - 1):
-        result = result * base
-    return result
-
-
-def modulated_softmax(
-    scores: Tensor, coefficients: Tensor, dim: int, mask: Tensor | None
-) -> Tensor:
-    """`masked_softmax` of the modulated scores: the definition of what the kernels compute.
-
-    Args:
-        scores: real, any shape, in compute precision.
-        coefficients: (2 + 4 N,), see `ModulatedSoftMax.coefficients`.
-        dim: the dimension that sums to one.
-        mask: bool, broadcastable to `scores`, or None.
-    """
-    scale, shift = coefficients[0], coefficients[1]
-    modulated = scale * scores + shift
-    if coefficients.numel() > 2:
-        modulated = modulate(modulated, *coefficients[2:].chunk(2))
-    return masked_softmax(modulated, dim, mask)
+from multimax.normalizers.base import LogitNormalizer
 
 
 class ModulatedSoftMax(LogitNormalizer):
@@ -139,7 +57,5 @@ class ModulatedSoftMax(LogitNormalizer):
         x = to_compute_precision(scores)
         if not (self.fusible and rows.usable(x)):
             return masked_softmax(self.modulate(x), dim, mask).to(scores.dtype)
-        p = rows.modulated_softmax(
-            x, self.coefficients(x.dtype, x.device), dim, mask, modulated_softmax
-        )
-        return p.to(scores.dtype)
+        coefficients = self.coefficients(x.dtype, x.device)
+        return rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)

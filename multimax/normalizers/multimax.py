@@ -3,14 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from multimax.kernels import rows
-from multimax.normalizers.base import check_mask, masked_softmax, to_compute_precision
-from multimax.normalizers.modulated import (
-    ModulatedSoftMax,
+from multimax.functional import (
+    check_mask,
+    masked_softmax,
     modulate,
     modulate_derivative,
-    modulated_softmax,
+    to_compute_precision,
 )
+from multimax.kernels import rows
+from multimax.normalizers.modulated import ModulatedSoftMax
 
 
 def multimax(
@@ -38,8 +39,7 @@ def multimax(
     x = to_compute_precision(scores)
     if rows.usable(x) and ts.shape == ranges.shape and ts.numel() in (2, 4) and ts.dim() == 1:
         coefficients = torch.cat([_identity(ts), ts, ranges]).to(x.dtype)
-        p = rows.modulated_softmax(x, coefficients, dim, mask, modulated_softmax)
-        return p.to(scores.dtype)
+        return rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)
     return masked_softmax(modulate(x, ts, ranges), dim, mask).to(scores.dtype)
 
 

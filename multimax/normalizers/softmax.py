@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from multimax.normalizers.base import check_mask, masked_softmax, to_compute_precision
+from multimax.functional import check_mask, masked_softmax, to_compute_precision
 from multimax.normalizers.modulated import ModulatedSoftMax
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from multimax.functional import check_mask, to_compute_precision
 from multimax.kernels import rows
-from multimax.normalizers.base import check_mask, to_compute_precision
 from multimax.normalizers.truncated import TruncatedSoftMax, truncated_softmax
 
 

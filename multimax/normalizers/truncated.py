@@ -5,14 +5,9 @@ from abc import abstractmethod
 
 from torch import Tensor
 
+from multimax.functional import check_mask, masked_softmax, to_compute_precision
 from multimax.kernels import rows
-from multimax.normalizers.base import (
-    LogitNormalizer,
-    check_mask,
-    masked_softmax,
-    to_compute_precision,
-)
-from multimax.normalizers.modulated import modulated_softmax
+from multimax.normalizers.base import LogitNormalizer
 
 
 def truncated_softmax(
@@ -33,7 +28,7 @@ def truncated_softmax(
         mask = keep if mask is None else keep & mask
     if rows.usable(scores):
         identity = scores.new_tensor([1.0, 0.0])
-        return rows.modulated_softmax(scores, identity, dim, mask, modulated_softmax)
+        return rows.modulated_softmax(scores, identity, dim, mask)
     return masked_softmax(scores, dim, mask)
 
 

@@ -1,25 +1,12 @@
 """What the trainer asks of a task; a task knows its data, its model and its loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-
-class TrainLoader(Protocol):
-    """The training batches of one process."""
-
-    def __len__(self) -> int:
-        """Batches in an epoch, the same in every process."""
-        ...
-
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
-        """The batches of an epoch from index `start` on; the same ones whatever `start` is.
-
-        The caller has seeded the global generators for the epoch.
-        """
-        ...
+from multimax.data.loading import TrainLoader
 
 
 class Task(ABC):

@@ -9,8 +9,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from multimax.data.text import build_text_data
-from multimax.data.text_data import TextBatch
+from multimax.data.text import build_text_source
+from multimax.data.text.blocks import TextBatch
 from multimax.data.vocabulary import Vocabulary
 from multimax.metrics import NormalizerRecorder
 from multimax.models.adaptive import AdaptiveOutput
@@ -62,7 +62,7 @@ class LanguageModeling(Task):
     def __init__(
         self, config: DictConfig, rank: int, world_size: int, device: torch.device
     ) -> None:
-        self.data = build_text_data(**_plain(config.data))
+        self.data = build_text_source(**_plain(config.data)).load()
         self.splits = {name: size for name, size in self.data.sizes.items() if name != "train"}
         self.fingerprint = self.data.vocabulary.fingerprint
         model = build_language_model(config, self.data.vocabulary)

@@ -9,10 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor, nn
 
-from multimax.data.pair_vocabulary import PairVocabulary
-from multimax.data.pairs import Languages, build_pair_source
-from multimax.data.token_batches import PairBatch, TokenTrainLoader, eval_batches
-from multimax.generation import beam_search
+from multimax.data.pairs import build_pair_source
+from multimax.data.pairs.batches import PairBatch, TokenTrainLoader, eval_batches
+from multimax.data.pairs.sources import Languages
+from multimax.data.vocabulary import PairVocabulary
+from multimax.decoding import beam_search
 from multimax.metrics import NormalizerRecorder
 from multimax.models.output import Output
 from multimax.models.transformer import TranslationModel

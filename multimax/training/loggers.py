@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from multimax.training.files import write_atomically
+from multimax.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from accelerate.utils import DistributedDataParallelKwargs
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from multimax.files import locked, write_atomically, write_json
 from multimax.tasks import build_task
 from multimax.tasks.base import Task
 from multimax.training.config import check_config, config_hash, run_folder
-from multimax.training.files import locked, write_atomically, write_json
 from multimax.training.loggers import JsonLinesLogger, Logger, ProgressDisplay, WandbLogger
 from multimax.training.random_state import seed_everything
 from multimax.training.result import SCHEMA, environment, learned_scalars, now, print_result

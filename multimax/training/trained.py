@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from multimax.training.files import load_checkpoint
+from multimax.files import load_checkpoint
 
 
 def read_run(checkpoint: Path, task: str, experiments: str) -> tuple[Path, DictConfig, dict]:

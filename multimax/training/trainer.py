@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from multimax.files import load_checkpoint, save_checkpoint
 from multimax.tasks.base import Task
-from multimax.training.files import load_checkpoint, save_checkpoint
 from multimax.training.loggers import Logger, ProgressDisplay
 from multimax.training.non_finite import describe_non_finite
 from multimax.training.optimization import GradientClipping, LearningRate, build_optimizer

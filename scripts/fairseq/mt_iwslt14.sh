@@ -7,7 +7,7 @@
 #   scripts/fairseq/mt_iwslt14.sh /data/iwslt14 multimax softmax \
 #       --cross-attention-normalizer softmax
 #
-# IWSLT holds {train,valid,test}.{de,en}, tokenized and split by BPE, as scripts/prepare_iwslt14.py
+# IWSLT holds {train,valid,test}.{de,en}, tokenized and split by BPE, as multimax.data.prepare.iwslt14
 # writes them. ATTENTION is multimax where it is not given, OUTPUT is ATTENTION; further arguments
 # go to fairseq-train. Needs fairseq (see requirements/fairseq.txt) and one GPU. DRY_RUN=1 prints
 # the commands and runs none. Results go to outputs/fairseq/.

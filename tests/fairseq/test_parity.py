@@ -19,7 +19,7 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.sequence_generator import SequenceGenerator
 
-from multimax.generation import beam_search
+from multimax.decoding import beam_search
 from multimax.models.transformer import LanguageModel, TranslationModel
 
 SOFTMAX = {"name": "softmax"}

@@ -8,9 +8,9 @@ import torch
 from conftest import COMMON, FLAGS, MODELS, TRAIN, USER, batch, forked, number, tool, words
 from fairseq.checkpoint_utils import load_model_ensemble_and_task
 
-from multimax.generation import beam_search
+from multimax.decoding import beam_search
+from multimax.files import load_checkpoint
 from multimax.integrations.fairseq.convert import load_model, to_multimax
-from multimax.training.files import load_checkpoint
 
 NAME = "transformer_iwslt_de_en"
 MODEL = ["--arch", f"multimax_{NAME}", *words(MODELS[NAME]), *FLAGS[NAME]]

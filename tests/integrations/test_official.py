@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from multimax.integrations.official import load_official_checkpoint, to_official_state_dict
+from multimax.integrations.official import load_official_checkpoint
+from multimax.models.official_names import to_official_state_dict
 from multimax.models.vision import build_vision_transformer
 
 DEPTH, DIM, HEADS, PATCH, SIZE, CLASSES = 3, 24, 4, 8, 32, 6

@@ -271,7 +271,8 @@ def test_a_plain_compiler_and_no_place_to_keep_the_library(tmp_path):
     said, named = run_everything(CC=script, XDG_CACHE_HOME=script, TMPDIR=temporary)
     assert said == []
     assert named == [2, 3, 40, 8]
-    assert list(temporary.iterdir()) == []
+    # Torch itself may leave a folder of its compiler's there.
+    assert [path for path in temporary.iterdir() if "torchinductor" not in path.name] == []
 
 
 def test_the_sources_are_in_the_wheel_and_in_the_source_distribution(tmp_path):

@@ -350,7 +350,7 @@ def test_sizes_of_the_papers_models(composed):
 
 
 def test_data_root_is_needed_at_paper_scale(composed):
-    with pytest.raises(ValueError, match=r"data\.root=null: .*prepare_wikitext103"):
+    with pytest.raises(ValueError, match=r"data\.root=null: .*prepare.wikitext103"):
         build(composed("lm_softmax", "scale=paper", tiny=False))
 
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from sacrebleu.metrics import BLEU, CHRF
 
 from multimax import EvSoftMax, MultiMax, SoftMax, SparseMax
-from multimax.data.pair_vocabulary import MosesSubwords
-from multimax.data.pairs import Languages, LibreOfficeHelp
-from multimax.generation import beam_search
+from multimax.data.pairs.sources import Languages, LibreOfficeHelp
+from multimax.data.vocabulary import MosesSubwords
+from multimax.decoding import beam_search
 from multimax.tasks import build_task, translation
 from multimax.tasks.translation import build_translation_model, score_lines
 from multimax.training.run import run

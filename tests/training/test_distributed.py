@@ -18,7 +18,7 @@ from tiny import (
     tiny_overrides,
 )
 
-from multimax.training.files import load_checkpoint
+from multimax.files import load_checkpoint
 
 # No dropout and no augmentation, so that the parts of a batch are what one process sees whole; an
 # odd split, which two processes cannot halve; and an accumulation, for which DDP must wait.

@@ -20,7 +20,7 @@ from tiny import (
     tiny_overrides,
 )
 
-from multimax.training.files import load_checkpoint, locked, save_checkpoint
+from multimax.files import load_checkpoint, locked, save_checkpoint
 from multimax.training.trainer import InterruptedRunError, Trainer
 
 # Eight updates an epoch; interrupted in the middle of the first and at its end.

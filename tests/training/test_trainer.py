@@ -14,7 +14,7 @@ from tiny import (
     tiny_config,
 )
 
-from multimax.training.files import load_checkpoint
+from multimax.files import load_checkpoint
 from multimax.training.trainer import Trainer
 
 EVERYTHING_RANDOM = (

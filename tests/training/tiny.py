@@ -10,9 +10,9 @@ from rich.console import Console
 from torch import nn
 
 from multimax import MultiMax
+from multimax.files import load_checkpoint
 from multimax.metrics import NormalizerRecorder
 from multimax.tasks.base import Task
-from multimax.training.files import load_checkpoint
 from multimax.training.run import run
 from multimax.training.trainer import Trainer
 

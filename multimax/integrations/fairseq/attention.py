@@ -7,8 +7,8 @@ import torch
 from fairseq.modules import MultiheadAttention
 from torch import Tensor
 
+from multimax.functional import masked_softmax, to_compute_precision
 from multimax.normalizers import ModulatedSoftMax, Normalizer, build_normalizer
-from multimax.normalizers.base import masked_softmax, to_compute_precision
 
 
 def normalize_attention(

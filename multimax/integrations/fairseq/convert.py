@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from multimax.files import load_checkpoint, save_checkpoint
 from multimax.integrations.fairseq.safe_globals import SAFE_GLOBALS
 from multimax.integrations.fairseq.specification import format_normalizer, parse_normalizer
 from multimax.models.transformer import LanguageModel, TranslationModel
-from multimax.training.files import load_checkpoint, save_checkpoint
 
 CLASSES = {model.__name__: model for model in (LanguageModel, TranslationModel)}
 PADDING = 1  # of every dictionary of fairseq

@@ -7,9 +7,9 @@ import torch
 from fairseq.modules import AdaptiveSoftmax
 from torch import Tensor, nn
 
+from multimax.functional import to_compute_precision
 from multimax.losses import output_loss
 from multimax.normalizers import LogitNormalizer, Normalizer, build_normalizer
-from multimax.normalizers.base import to_compute_precision
 
 
 def normalize_output(decoder: nn.Module, normalizer: Mapping[str, Any]) -> None:

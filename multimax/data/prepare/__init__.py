@@ -1,0 +1,24 @@
+"""One-time preparation of the paper's data sets from their official archives."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def run_command_line(prepare: Callable[..., Any], description: str, archive: str) -> None:
+    """Prepare a data set as the command line says, or exit with what is wrong.
+
+    Args:
+        prepare: takes the paths of the archive and of the folder to write.
+        description: shown by --help.
+        archive: what the archive is, for --help.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("archive", type=Path, help=archive)
+    parser.add_argument("folder", type=Path, help="where to write; then data.root of train.py")
+    arguments = parser.parse_args()
+    try:
+        prepare(arguments.archive, arguments.folder)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error

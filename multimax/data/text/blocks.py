@@ -1,0 +1,206 @@
+"""What every text data set offers to a language model: its facts, blocks and windows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimax.data.loading import (
+    EvalLoader,
+    TrainLoader,
+    batches_per_epoch,
+    check_share,
+    derive_seed,
+    share,
+)
+from multimax.data.vocabulary import Vocabulary
+
+Span = tuple[int, int, int]  # in a stream: where the context begins, the targets begin and end
+
+
+class TextBatch(NamedTuple):
+    """Rows of consecutive tokens.
+
+    Attributes:
+        inputs: (rows, tokens) int64, with padding at the end.
+        targets: (rows, tokens) int64, the token that comes next; padding where it does not count.
+        tokens: how many targets count.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    tokens: int
+
+
+@dataclass
+class TextData:
+    """Each split is one stream of tokens, of which every one is predicted from those before it.
+
+    The first token of a stream is predicted from a line end.
+
+    Attributes:
+        name: name in tables and in the first lines of a run.
+        vocabulary: of the tokens.
+        block_size: tokens that the model sees at once, at most.
+        context_window: in evaluation, tokens that are seen but do not count, before each block; in
+            [0, block_size). Blocks are shorter by as much.
+        streams: (tokens,) integers by split, possibly memory-mapped.
+        words: words between white space plus lines, by split: what perplexity per word is over.
+        bytes: size of the text in UTF-8, by split.
+
+    Raises:
+        ValueError: a size is out of range, or a split is smaller than one block.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    block_size: int
+    context_window: int
+    streams: dict[str, np.ndarray]
+    words: dict[str, int]
+    bytes: dict[str, int]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(f"block_size must be an integer >= 1, got {self.block_size!r}")
+        window = self.context_window
+        if not isinstance(window, int) or not 0 <= window < self.block_size:
+            raise ValueError(
+                f"context_window must be an integer in [0, block_size={self.block_size}), got "
+                f"{window!r}: 0 gives the first tokens of each block no context"
+            )
+        for split, size in self.sizes.items():
+            if size < self.block_size:
+                raise ValueError(
+                    f"{self.name}: {split} has {size} tokens, fewer than one block: use "
+                    f"data.block_size <= {size}, or more text"
+                )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of tokens by split; each is a target once."""
+        return {split: len(stream) for split, stream in self.streams.items()}
+
+    def train_loader(
+        self, batch_size: int, rank: int, world_size: int, device: torch.device | str, seed: int
+    ) -> "BlockLoader":
+        """Shuffled blocks of the split "train".
+
+        Args:
+            batch_size: blocks per process.
+            rank: of this process.
+            world_size: number of processes.
+            device: where the batches are wanted.
+            seed: >= 0, of the order; the same on all ranks.
+
+        Raises:
+            ValueError: the split is smaller than one batch over all ranks, or a value is out of
+                range.
+        """
+        check_share(batch_size, rank, world_size)
+        return BlockLoader(self, batch_size, rank, world_size, torch.device(device), seed)
+
+    def eval_loader(
+        self, split: str, batch_size: int, rank: int, world_size: int, device: torch.device | str
+    ) -> "WindowLoader":
+        """Blocks of any split in order, with context; arguments as for `train_loader`.
+
+        Raises:
+            ValueError: the data set has no such split, or a value is out of range.
+        """
+        if split not in self.streams:
+            raise ValueError(
+                f"data set {self.name!r} has no split {split!r}; it has: {', '.join(self.streams)}"
+            )
+        check_share(batch_size, rank, world_size)
+        return WindowLoader(self, split, batch_size, rank, world_size, torch.device(device))
+
+    def batch(self, split: str, spans: Sequence[Span], device: torch.device) -> TextBatch:
+        """The tokens of some spans, each a row."""
+        stream, vocabulary = self.streams[split], self.vocabulary
+        shape = len(spans), max(end - first for first, _, end in spans)
+        inputs = np.full(shape, vocabulary.padding_index, dtype=np.int64)
+        targets = np.full(shape, vocabulary.padding_index, dtype=np.int64)
+        for row, (first, start, end) in enumerate(spans):
+            before = stream[first - 1] if first else vocabulary.eos_index
+            inputs[row, 0] = before
+            inputs[row, 1 : end - first] = stream[first : end - 1]
+            targets[row, start - first : end - first] = stream[start:end]
+        tokens = sum(end - start for _, start, end in spans)
+        return TextBatch(
+            torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), tokens
+        )
+
+
+class BlockLoader(TrainLoader):
+    """Blocks of the training stream, cut anywhere and shuffled, equally many on every rank.
+
+    Source: fairseq's `--sample-break-mode none`: blocks follow each other, the last is shorter;
+    an incomplete last batch is dropped.
+    """
+
+    def __init__(
+        self,
+        data: TextData,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.data, self.batch_size, self.rank, self.world_size = data, batch_size, rank, world_size
+        self.device, self.seed = device, seed
+        self.blocks = -(-data.sizes["train"] // data.block_size)
+        self.length = batches_per_epoch(data.name, self.blocks, batch_size, world_size)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[TextBatch]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
+        order = torch.randperm(self.blocks, generator=generator)
+        size, end = self.data.block_size, self.data.sizes["train"]
+        for index in range(start, self.length):
+            first = (index * self.world_size + self.rank) * self.batch_size
+            starts = [b * size for b in order[first : first + self.batch_size].tolist()]
+            spans = [(start, start, min(start + size, end)) for start in starts]
+            yield self.data.batch("train", spans, self.device)
+
+
+class WindowLoader(EvalLoader):
+    """Every token of the rank's share as a target once, in order; the ranks share the split.
+
+    Each block comes with the `context_window` tokens before it, or as many as there are.
+
+    Source: `fairseq-eval-lm --context-window`.
+    """
+
+    def __init__(
+        self,
+        data: TextData,
+        split: str,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.data, self.split, self.batch_size, self.device = data, split, batch_size, device
+        self.step = data.block_size - data.context_window
+        self.blocks = share(-(-data.sizes[split] // self.step), rank, world_size)
+
+    def __len__(self) -> int:
+        """Batches on this rank; ranks can differ by one, and the last batch can be smaller."""
+        return -(-len(self.blocks) // self.batch_size)
+
+    def __iter__(self) -> Iterator[TextBatch]:
+        size = self.data.sizes[self.split]
+        for index in range(0, len(self.blocks), self.batch_size):
+            starts = [block * self.step for block in self.blocks[index : index + self.batch_size]]
+            spans = [
+                (max(0, start - self.data.context_window), start, min(start + self.step, size))
+                for start in starts
+            ]
+            yield self.data.batch(self.split, spans, self.device)

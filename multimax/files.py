@@ -1,0 +1,126 @@
+"""Files that are either whole or absent, digests, and a lock that keeps a folder to one process."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+RESUME = "Free some space and run the same command again: it goes on where it stopped"
+
+
+def write_atomically(
+    path: Path,
+    write: Callable[[BinaryIO], object],
+    remedy: str = RESUME,
+    several_writers: bool = False,
+) -> None:
+    """Write a file by way of a temporary neighbour: a crash leaves the old one or the new one.
+
+    Args:
+        path: the file; its folder is made.
+        write: writes the content to a binary stream.
+        remedy: what a user can do if it fails.
+        several_writers: processes may write the same file at once, as in a cache: each has a
+            neighbour of its own, and the last one's file stays. Else there is one neighbour, and
+            one that a killed process left is written over.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; `path` is then as it was.
+    """
+    writer = f".{os.getpid()}" if several_writers else ""
+    temporary = path.with_name(f".{path.name}{writer}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise OSError(
+                error.errno,
+                f"{error.strerror} while writing {path}; the previous version is intact. {remedy}",
+            ) from error
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically; NaN and infinities are refused, since they are not JSON."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda stream: stream.write(text.encode()))
+
+
+def digest(content: bytes | str) -> str:
+    """16 hexadecimal digits that tell contents apart (SHA-256, shortened)."""
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def user_cache() -> Path:
+    """The folder of what can be made again, `~/.cache/multimax`; XDG_CACHE_HOME moves it.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "multimax"
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint of tensors and plain Python values atomically."""
+
+    def write(stream: BinaryIO) -> None:
+        try:
+            torch.save(state, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # torch hides what the disk said
+                raise error.__context__ from None
+            raise
+
+    write_atomically(path, write)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU without running any code that it may hold.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or not a checkpoint.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: give the path of a last.pt or best.pt")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint, it is truncated or something else "
+            f"({error}): give another one, or start afresh with resume=never"
+        ) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder; the lock goes with the process, however it ends.
+
+    Raises:
+        ValueError: another process is writing there.
+    """
+    import fcntl  # not on Windows, where the library still is to be imported
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is running this very configuration and seed in {folder}: "
+                "wait for it, or change `seed` or `output_dir`"
+            ) from None
+        yield

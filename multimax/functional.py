@@ -1,0 +1,158 @@
+"""The definitions on which everything stands: precision, masks, and SoftMax of modulated scores.
+
+Plain torch operations; the normalizers are built of them and the kernels are compared with them.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def to_compute_precision(scores: Tensor) -> Tensor:
+    """Half-precision scores as fp32 (fp16 squares overflow at 256), all others as they are.
+
+    Raises:
+        ValueError: `scores` is not a real floating-point tensor.
+    """
+    if not scores.is_floating_point():
+        raise ValueError(f"scores must be real floating-point, got {scores.dtype}: use .float()")
+    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+
+
+def check_mask(mask: Tensor | None) -> None:
+    """Raise ValueError for a mask that is not boolean; an additive mask would be misread."""
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask must be boolean (True = may receive mass), got {mask.dtype}: "
+            "for an additive mask use `mask > -inf`, for 0/1 use `mask.bool()`"
+        )
+
+
+def masked_softmax(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+    """SoftMax over the entries where `mask` is True and exactly 0 elsewhere.
+
+    The fill is finite so that an all-masked row (all zeros) stays free of NaN in both directions;
+    the second `masked_fill` makes its zeros and its zero gradients exact. Modulation comes BEFORE
+    this function: a filled score that is modulated afterwards can end up with all the mass.
+    """
+    if mask is None:
+        return torch.softmax(scores, dim)
+    lowest = torch.finfo(scores.dtype).min
+    return torch.softmax(scores.masked_fill(~mask, lowest), dim).masked_fill(~mask, 0.0)
+
+
+def modulate(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
+    """The modulator sigma of MultiMax, element by element.
+
+        sigma(x) = x + sum_{n=1..N} [ (1 - t_bn) max(b_n - x, 0)^n + (t_dn - 1) max(x - d_n, 0)^n ]
+
+    Args:
+        scores: real, any shape; fp16 and bf16 are computed in fp32.
+        ts: (2N,), `[1 - t_b1, t_d1 - 1, 1 - t_b2, t_d2 - 1, ...]`; all zeros is the identity.
+        ranges: (2N,), `[b_1, d_1, b_2, d_2, ...]`, in units of the scores.
+
+    Returns:
+        Modulated scores of the shape of `scores`, in fp32 or wider.
+
+    Raises:
+        ValueError: `ts` and `ranges` are not vectors of the same even length.
+
+    Source: Zhou et al., MultiMax, ICML 2024, arXiv 2406.01189 (first and second order).
+    """
+    if ts.shape != ranges.shape or ts.dim() != 1 or ts.numel() % 2 or not ts.numel():
+        raise ValueError(
+            "ts and ranges must be vectors of one even length 2N (N = order), "
+            f"got shapes {tuple(ts.shape)} and {tuple(ranges.shape)}"
+        )
+    x = to_compute_precision(scores)
+    ts, ranges = ts.to(x.dtype), ranges.to(x.dtype)
+    modulated = x
+    for n in range(1, ts.numel() // 2 + 1):
+        low, high = 2 * n - 2, 2 * n - 1
+        below = _power(torch.relu(ranges[low] - x), n)
+        above = _power(torch.relu(x - ranges[high]), n)
+        modulated = modulated + ts[low] * below + ts[high] * above
+    return modulated
+
+
+def modulate_derivative(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
+    """d sigma / d x at `scores`, in fp32 or wider. Where it is negative, the order of scores flips.
+
+    Arguments, shapes and source are those of `modulate`; at a kink, the derivative of ReLU is 0.
+    """
+    x = to_compute_precision(scores)
+    ts, ranges = ts.to(x.dtype), ranges.to(x.dtype)
+    slope = torch.ones_like(x)
+    for n in range(1, ts.numel() // 2 + 1):
+        low, high = 2 * n - 2, 2 * n - 1
+        below, above = ranges[low] - x, x - ranges[high]
+        slope = slope - ts[low] * n * _power(below, n - 1) * (below > 0)
+        slope = slope + ts[high] * n * _power(above, n - 1) * (above > 0)
+    return slope
+
+
+def _power(base: Tensor, exponent: int) -> Tensor:
+    # Repeated multiplication: `**` is `pow`, which autocast moves to fp32 and which is slower.
+    if exponent == 0:
+        return torch.ones_like(base)
+    result = base
+    for _ in range(exponent - 1):
+        result = result * base
+    return result
+
+
+def modulated_softmax(
+    scores: Tensor, coefficients: Tensor, dim: int, mask: Tensor | None
+) -> Tensor:
+    """`masked_softmax` of the modulated scores: the definition of what the kernels compute.
+
+    Args:
+        scores: real, any shape, in compute precision.
+        coefficients: (2 + 4 N,), see `ModulatedSoftMax.coefficients`.
+        dim: the dimension that sums to one.
+        mask: bool, broadcastable to `scores`, or None.
+    """
+    scale, shift = coefficients[0], coefficients[1]
+    modulated = scale * scores + shift
+    if coefficients.numel() > 2:
+        modulated = modulate(modulated, *coefficients[2:].chunk(2))
+    return masked_softmax(modulated, dim, mask)
+
+
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    normalizer: Callable[..., Tensor],
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float,
+    scale: float,
+) -> Tensor:
+    """The definition of `attention`, with its arguments; query and key have the same heads."""
+    scores = (query * scale) @ key.transpose(-2, -1)
+    if causal:
+        allowed = causal_mask(query.size(-2), key.size(-2), query.device)
+        mask = allowed if mask is None else mask & allowed
+    probabilities = normalizer(scores, mask=mask)
+    return F.dropout(probabilities, dropout) @ value
+
+
+def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
+    """(queries, keys) bool, True where query i may attend: keys up to i + keys - queries."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for every query head."""
+    if query.dim() < 3 or key.dim() < 3 or key.size(-3) in (1, query.size(-3)):
+        return key, value  # the same heads, or one for all of them
+    repeats, rest = divmod(query.size(-3), key.size(-3))
+    if rest or value.size(-3) != key.size(-3):
+        raise ValueError(
+            f"query has {query.size(-3)} heads, key {key.size(-3)} and value {value.size(-3)}: the "
+            "heads of key and value must be the same number, which divides those of query"
+        )
+    return key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)

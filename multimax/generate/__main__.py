@@ -1,0 +1,5 @@
+"""`python -m multimax.generate`."""
+
+from multimax.generate import main
+
+main()
