@@ -24,7 +24,9 @@ LAYERS = (
     ("experiments", "benchmarks"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-GROUND_FLOOR = {room: {"torch"} for layer in LAYERS[:4] for room in layer} | {"options": {"pydantic"}}
+GROUND_FLOOR = {room: {"torch"} for layer in LAYERS[:4] for room in layer} | {
+    "options": {"pydantic"}
+}
 
 
 def sources(root=ROOT):

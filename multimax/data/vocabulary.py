@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
+from pydantic import Field
 from sacremoses import MosesDetokenizer, MosesTokenizer
 from subword_nmt.apply_bpe import BPE
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -19,6 +20,7 @@ FAIRSEQ_SPECIALS = ("<s>", PADDING, END, "<unk>")
 FAIRSEQ_MULTIPLE = 8  # fairseq fills a dictionary up to a multiple of this
 CONTINUED = "@@ "  # subword-nmt's mark between the parts of a word
 SMALLEST_BPE = 2 + 256  # the two special tokens and a token for each byte
+BytePairSize = Annotated[int, Field(ge=SMALLEST_BPE)]
 
 # A byte of byte-level BPE is written as the character of that number if it can be seen, else as
 # one from 256 on (GPT-2's table).
@@ -160,8 +162,8 @@ class BytePairVocabulary(Vocabulary):
         Raises:
             ValueError: the size is too small, or too large for this text.
         """
-        if not isinstance(size, int) or size < SMALLEST_BPE:
-            raise ValueError(f"vocabulary_size must be an integer >= {SMALLEST_BPE}, got {size!r}")
+        if size < SMALLEST_BPE:
+            raise ValueError(f"vocabulary_size={size} must be a whole number >= {SMALLEST_BPE}")
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
         trainer = trainers.BpeTrainer(

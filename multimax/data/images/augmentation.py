@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from multimax.options import Probability, Whole, section_of, validate
+
 ERASING_ATTEMPTS = 10  # timm's number of rectangles tried
 
 
@@ -23,15 +25,12 @@ class Augmentation:
         ValueError: a value is out of range.
     """
 
-    crop_padding: int = 2
-    horizontal_flip: float = 0.5
-    random_erasing: float = 0.0
+    crop_padding: Whole = 2
+    horizontal_flip: Probability = 0.5
+    random_erasing: Probability = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.crop_padding, int) or self.crop_padding < 0:
-            raise ValueError(f"crop_padding must be an integer >= 0, got {self.crop_padding!r}")
-        check_probability("horizontal_flip", self.horizontal_flip)
-        check_probability("random_erasing", self.random_erasing)
+        validate(section_of(Augmentation), vars(self))
 
     def __call__(self, images: Tensor, mean: Tensor, std: Tensor, generator: Generator) -> Tensor:
         """Augmented and normalized images.
@@ -40,7 +39,7 @@ class Augmentation:
             images: (B, C, H, W) uint8, on any device.
             mean: (C, 1, 1), of pixels in [0, 1], on the images' device; `std` likewise.
             std: see `mean`.
-                generator: on the CPU, so that a seed crops, flips and erases alike on all devices.
+            generator: on the CPU, so that a seed crops, flips and erases alike on all devices.
         """
         if self.crop_padding:
             images = random_crop(images, self.crop_padding, generator)
@@ -50,12 +49,6 @@ class Augmentation:
         if self.random_erasing:
             images = random_erase(images, self.random_erasing, generator)
         return images
-
-
-def check_probability(field: str, value: float) -> None:
-    """Raise ValueError for a value that is no probability."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{field} must be a probability in [0, 1], got {value}")
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

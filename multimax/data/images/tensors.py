@@ -22,6 +22,7 @@ from multimax.data.loading import (
     derive_seed,
     share,
 )
+from multimax.options import Probability, Whole, checked
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -114,20 +115,19 @@ def _on(device: torch.device, data: TensorImageData, split: str) -> tuple[Tensor
     return tuple(tensor.to(device) for tensor in (*data.splits[split], data.mean, data.std))
 
 
+@checked
 def fashion_mnist_subset(
-    valid_size: int = 1000,
-    crop_padding: int = 2,
-    horizontal_flip: float = 0.5,
-    random_erasing: float = 0.0,
+    valid_size: Whole = 1000,
+    crop_padding: Whole = 2,
+    horizontal_flip: Probability = 0.5,
+    random_erasing: Probability = 0.0,
 ) -> ImageData:
     """The embedded part of Fashion-MNIST: 8,000 images to train on and 2,000 to test on.
 
     Args:
         valid_size: how many training images are held out as the split "valid", an equal share of
             each class; always the same ones. 0 leaves the split out.
-        crop_padding: see `Augmentation`, also for the next two.
-        horizontal_flip: probability.
-        random_erasing: probability.
+        crop_padding, horizontal_flip, random_erasing: as in `Augmentation`.
 
     Raises:
         ValueError: an option is out of range.
@@ -143,13 +143,14 @@ def fashion_mnist_subset(
     )
 
 
+@checked
 def fashion_mnist(
     root: str | Path | None = None,
     class_names: Sequence[str] = FASHION_MNIST_CLASSES,
-    valid_size: int = 1000,
-    crop_padding: int = 2,
-    horizontal_flip: float = 0.5,
-    random_erasing: float = 0.0,
+    valid_size: Whole = 1000,
+    crop_padding: Whole = 2,
+    horizontal_flip: Probability = 0.5,
+    random_erasing: Probability = 0.0,
 ) -> ImageData:
     """Fashion-MNIST, or another data set in its four IDX files, gzipped or not.
 
@@ -157,10 +158,7 @@ def fashion_mnist(
         root: folder with train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz,
             t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz.
         class_names: by label.
-        valid_size: see `fashion_mnist_subset`, also for the rest.
-        crop_padding: pixels.
-        horizontal_flip: probability.
-        random_erasing: probability.
+        valid_size, crop_padding, horizontal_flip, random_erasing: as in `fashion_mnist_subset`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -243,10 +241,10 @@ def _in_memory(
                 f"{len(class_names)} names"
             )
     train_images, train_labels = splits["train"]
-    if not isinstance(valid_size, int) or not 0 <= valid_size < len(train_labels):
+    if valid_size >= len(train_labels):
         raise ValueError(
-            f"valid_size must be an integer in [0, {len(train_labels)}), the number of training "
-            f"images, got {valid_size!r}"
+            f"data.valid_size={valid_size} must be less than {len(train_labels)}, the number of "
+            "training images"
         )
     if valid_size:
         held_out = stratified_choice(train_labels, valid_size)

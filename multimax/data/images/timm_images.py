@@ -8,10 +8,10 @@ from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
 
-from multimax.data.images.augmentation import check_probability
 from multimax.data.images.base import ImageData
 from multimax.data.images.files import FileImageData
 from multimax.data.images.streams import StreamImageData
+from multimax.options import Count, NotNegative, Probability, Whole, checked
 
 EVAL_CROP = 0.875  # of the shorter side: 224 pixels out of 256
 _PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
@@ -26,19 +26,20 @@ _FOLDERS = (
 )
 
 
+@checked
 def timm_images(
     root: str | Path | None = None,
     dataset: str = "",
-    num_classes: int | None = None,
+    num_classes: Count | None = None,
     title: str | None = None,
     train_split: str = "train",
     valid_split: str = "val",
-    image_size: int = 224,
+    image_size: Count = 224,
     auto_augment: str | None = "rand-m9-mstd0.5-inc1",
-    color_jitter: float = 0.3,
-    random_erasing: float = 0.25,
-    repeated_augmentation: int = 3,
-    num_workers: int = 8,
+    color_jitter: NotNegative = 0.3,
+    random_erasing: Probability = 0.25,
+    repeated_augmentation: Count = 3,
+    num_workers: Whole = 8,
 ) -> ImageData:
     """An image data set that timm reads, with the augmentation of DeiT.
 
@@ -59,8 +60,9 @@ def timm_images(
         image_size: height and width in pixels.
         auto_augment: policy string of timm; None switches it off.
         color_jitter: strength; timm, like DeiT, applies it only without `auto_augment`.
-        random_erasing: in [0, 1], probability of pixel noise in a rectangle.
-        repeated_augmentation: >= 1; 1 shows each image once an epoch and is all a stream can do.
+        random_erasing: probability of pixel noise in a rectangle.
+        repeated_augmentation: how often an image occurs in an epoch, each time augmented
+            anew; 1 is all a stream can do.
         num_workers: processes that load images, for each rank.
 
     Raises:
@@ -70,14 +72,6 @@ def timm_images(
 
     Source: Touvron et al., DeiT, ICML 2021.
     """
-    check_probability("random_erasing", random_erasing)
-    for field, value, least in (
-        ("image_size", image_size, 1),
-        ("repeated_augmentation", repeated_augmentation, 1),
-        ("num_workers", num_workers, 0),
-    ):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{field} must be an integer >= {least}, got {value!r}")
     streamed = _kind(dataset) in _SIZES
     if streamed and repeated_augmentation != 1:
         raise ValueError(

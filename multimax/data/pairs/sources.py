@@ -9,19 +9,24 @@ from functools import cached_property
 from importlib import resources
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import Field
 
 from multimax.data.loading import SPLITS
 from multimax.data.pairs.batches import Pairs, Sentences
 from multimax.data.text.files import byte_pairs
-from multimax.data.vocabulary import BytePairs, MosesSubwords, PairVocabulary
+from multimax.data.vocabulary import BytePairs, BytePairSize, MosesSubwords, PairVocabulary
+from multimax.options import checked
 
 CHUNK = 2_000  # lines that are held as text at a time
 MAX_EQUAL = 0.5  # share of pairs whose two sides are the same; there are none in the embedded data
 MAX_UNKNOWN = 0.05  # share of unknown words; with a joint BPE only rare characters are unknown
 
 Line = tuple[str, str]  # source and target
+Language = Literal["de", "en"]
+LongestPair = Annotated[int, Field(ge=2)]
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,12 @@ class PairSource(ABC):
 
     name: str
 
-    def __init__(self, source: str, target: str, max_length: int) -> None:
-        if {source, target} != {"de", "en"}:
+    @checked
+    def __init__(self, source: Language, target: Language, max_length: LongestPair) -> None:
+        if source == target:
             raise ValueError(
-                f"data.source={source!r} and data.target={target!r} must be de and en, or en and de"
+                f"data.source={source} and data.target={target} must be de and en, or en and de"
             )
-        if not isinstance(max_length, int) or max_length < 2:
-            raise ValueError(f"data.max_length={max_length!r} must be a whole number >= 2")
         self.source, self.target, self.max_length = source, target, max_length
 
     @cached_property
@@ -180,12 +184,13 @@ class LibreOfficeHelp(PairSource):
 
     name = "libreoffice_help"
 
+    @checked
     def __init__(
         self,
-        source: str = "de",
-        target: str = "en",
-        max_length: int = 128,
-        vocabulary_size: int = 4000,
+        source: Language = "de",
+        target: Language = "en",
+        max_length: LongestPair = 128,
+        vocabulary_size: BytePairSize = 4000,
         cache: str | None = None,
     ) -> None:
         super().__init__(source, target, max_length)
@@ -224,12 +229,13 @@ class Iwslt14(PairSource):
 
     name = "iwslt14"
 
+    @checked
     def __init__(
         self,
         root: str | None = None,
-        source: str = "de",
-        target: str = "en",
-        max_length: int = 1024,
+        source: Language = "de",
+        target: Language = "en",
+        max_length: LongestPair = 1024,
     ) -> None:
         super().__init__(source, target, max_length)
         remedy = (

@@ -52,7 +52,7 @@ class TextData:
         bytes: size of the text in UTF-8, by split.
 
     Raises:
-        ValueError: a size is out of range, or a split is smaller than one block.
+        ValueError: a split is smaller than one block.
     """
 
     name: str
@@ -64,14 +64,6 @@ class TextData:
     bytes: dict[str, int]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ValueError(f"block_size must be an integer >= 1, got {self.block_size!r}")
-        window = self.context_window
-        if not isinstance(window, int) or not 0 <= window < self.block_size:
-            raise ValueError(
-                f"context_window must be an integer in [0, block_size={self.block_size}), got "
-                f"{window!r}: 0 gives the first tokens of each block no context"
-            )
         for split, size in self.sizes.items():
             if size < self.block_size:
                 raise ValueError(

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from multimax.data.loading import SPLITS
 from multimax.data.text.blocks import TextData
 from multimax.data.text.source import TextSource
-from multimax.data.vocabulary import BytePairVocabulary
+from multimax.data.vocabulary import BytePairSize, BytePairVocabulary
 from multimax.files import digest, user_cache, write_atomically
+from multimax.options import Count, Whole, checked
 
 
 class TextFileSource(TextSource):
@@ -30,8 +31,13 @@ class TextFileSource(TextSource):
 
     name: str
 
+    @checked
     def __init__(
-        self, vocabulary_size: int, block_size: int, context_window: int, cache: str | None = None
+        self,
+        vocabulary_size: BytePairSize,
+        block_size: Count,
+        context_window: Whole,
+        cache: str | None = None,
     ) -> None:
         super().__init__(block_size, context_window)
         self.vocabulary_size, self.cache = vocabulary_size, cache
@@ -88,12 +94,13 @@ class TextFiles(TextFileSource):
         ValueError: `root` is None.
     """
 
+    @checked
     def __init__(
         self,
         root: str | Path | None,
-        vocabulary_size: int,
-        block_size: int,
-        context_window: int,
+        vocabulary_size: BytePairSize,
+        block_size: Count,
+        context_window: Whole,
         cache: str | None = None,
     ) -> None:
         super().__init__(vocabulary_size, block_size, context_window, cache)

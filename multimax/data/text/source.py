@@ -5,6 +5,7 @@ from functools import cached_property
 
 from multimax.data.text.blocks import TextData
 from multimax.data.vocabulary import Vocabulary
+from multimax.options import Count, Whole, checked
 
 
 class TextSource(ABC):
@@ -16,7 +17,13 @@ class TextSource(ABC):
             [0, block_size).
     """
 
-    def __init__(self, block_size: int, context_window: int) -> None:
+    @checked
+    def __init__(self, block_size: Count, context_window: Whole) -> None:
+        if context_window >= block_size:
+            raise ValueError(
+                f"data.context_window={context_window} must be less than "
+                f"data.block_size={block_size}: 0 gives the first tokens of each block no context"
+            )
         self.block_size, self.context_window = block_size, context_window
 
     @cached_property

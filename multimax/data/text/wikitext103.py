@@ -10,6 +10,7 @@ from multimax.data.loading import SPLITS
 from multimax.data.text.blocks import TextData
 from multimax.data.text.source import TextSource
 from multimax.data.vocabulary import WordVocabulary
+from multimax.options import Count, Whole, checked
 
 FORMAT = 1
 VOCABULARY, FACTS = "dict.txt", "facts.json"
@@ -29,7 +30,8 @@ class WikiText103(TextSource):
     Source: Merity et al., Pointer Sentinel Mixture Models, ICLR 2017.
     """
 
-    def __init__(self, root: str | Path | None, block_size: int, context_window: int) -> None:
+    @checked
+    def __init__(self, root: str | Path | None, block_size: Count, context_window: Whole) -> None:
         super().__init__(block_size, context_window)
         if root is None:
             raise ValueError(f"data.root=null: WikiText-103 must be prepared first; {PREPARE}")

@@ -258,10 +258,10 @@ def test_classes_are_checked(folder, tmp_path):
     ("options", "message"),
     [
         (dict(dataset="wds/imagenet"), "is a stream"),
-        (dict(random_erasing=1.5), "random_erasing must be a probability"),
-        (dict(repeated_augmentation=0), "repeated_augmentation must be an integer >= 1"),
-        (dict(num_workers=-1), "num_workers must be an integer >= 0"),
-        (dict(image_size=22.4), "image_size must be an integer >= 1"),
+        (dict(random_erasing=1.5), "random_erasing=1.5 must be a number in"),
+        (dict(repeated_augmentation=0), "repeated_augmentation=0 must be a whole number >= 1"),
+        (dict(num_workers=-1), "num_workers=-1 must be a whole number >= 0"),
+        (dict(image_size=22.4), "image_size=22.4 must be a whole number >= 1"),
         (dict(workers=1), "no option workers; it has: root, dataset, num_classes"),
     ],
 )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from multimax.data.text import build_text_source
 from multimax.data.text.blocks import TextData
 from multimax.data.vocabulary import WordVocabulary
 
@@ -104,17 +105,31 @@ def test_batches_are_padded_at_the_end():
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"block_size": 0}, "block_size must be an integer >= 1, got 0"),
-        ({"block_size": 2.5}, "block_size must be an integer >= 1, got 2.5"),
-        ({"context_window": 10}, r"context_window must be an integer in \[0, block_size=10\)"),
-        ({"context_window": -1}, "got -1"),
         ({"block_size": 48}, "test has 47 tokens, fewer than one block: use data.block_size <= 47"),
         ({"valid": 0}, "valid has 0 tokens"),
     ],
 )
-def test_sizes_that_cannot_be(options, problem):
+def test_splits_that_are_too_small(options, problem):
     with pytest.raises(ValueError, match=problem):
         text_data(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"block_size": 0}, "block_size=0 must be a whole number >= 1"),
+        ({"block_size": 2.5}, "block_size=2.5 must be a whole number >= 1"),
+        ({"context_window": -1}, "context_window=-1 must be a whole number >= 0"),
+        ({"context_window": 10}, "context_window=10 must be less than data.block_size=10"),
+        ({"vocabulary_size": 257}, "vocabulary_size=257 must be a whole number >= 258"),
+        ({"vocabulary_size": None}, "vocabulary_size=null must be"),
+        ({"cache": 3}, "cache=3 must be text or null"),
+    ],
+)
+def test_sizes_that_cannot_be(options, problem):
+    sizes = {"vocabulary_size": 300, "block_size": 10, "context_window": 4}
+    with pytest.raises(ValueError, match=problem):
+        build_text_source("wikipedia", **sizes | options)
 
 
 def test_loaders_that_cannot_be():
