@@ -9,10 +9,13 @@ import sys
 
 import hydra
 from hydra import initialize
-from hydra._internal.utils import get_args_parser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from multimax.training.config import explain_bad_overrides
+from multimax.training.command_line import (
+    describe_settings,
+    explain_bad_overrides,
+    overrides_of,
+)
 from multimax.training.run import run
 from multimax.training.trainer import InterruptedRunError
 
@@ -34,14 +37,16 @@ def main(config: DictConfig) -> None:
 
 def check_command_line(arguments: list[str]) -> None:
     """Exit with the valid choices when a setting on the command line does not exist."""
-    overrides = get_args_parser().parse_args(arguments).overrides
     with initialize(version_base="1.3", config_path=CONFIGS):
-        problem = explain_bad_overrides(overrides)
+        problem = explain_bad_overrides(overrides_of(arguments))
     if problem:
         raise SystemExit(f"error: {problem}\n`python train.py --help` lists the settings.")
 
 
 if __name__ == "__main__":
     logging.getLogger("multimax").addHandler(logging.StreamHandler())
+    OmegaConf.register_new_resolver(
+        "settings", lambda *, _root_: describe_settings(_root_), replace=True
+    )
     check_command_line(sys.argv[1:])
     main()

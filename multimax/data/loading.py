@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 
 SPLITS = ("train", "valid", "test")
 
@@ -34,6 +35,60 @@ class EvalLoader(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Any]: ...
+
+
+class LoadedData(ABC):
+    """A data set that is ready to be drawn from.
+
+    Attributes:
+        name: name in tables and in the first lines of a run.
+        sizes: number of examples by split; "train" and, where they exist, "valid" and "test".
+    """
+
+    name: str
+    sizes: dict[str, int]
+
+    @abstractmethod
+    def make_train_loader(self, *arguments: Any) -> TrainLoader:
+        """`train_loader`, whose arguments have been checked."""
+
+    @abstractmethod
+    def make_eval_loader(self, split: str, *arguments: Any) -> EvalLoader:
+        """`eval_loader`, whose arguments have been checked."""
+
+    def train_loader(
+        self, batch_size: int, rank: int, world_size: int, device: torch.device | str, seed: int
+    ) -> TrainLoader:
+        """Loader of the split "train".
+
+        Args:
+            batch_size: per process.
+            rank: of this process.
+            world_size: number of processes.
+            device: where the batches are wanted.
+            seed: >= 0, of order and augmentation; the same on all ranks.
+
+        Raises:
+            ValueError: the split is smaller than one batch over all ranks, or a value is out of
+                range.
+        """
+        check_share(batch_size, rank, world_size)
+        return self.make_train_loader(batch_size, rank, world_size, torch.device(device), seed)
+
+    def eval_loader(
+        self, split: str, batch_size: int, rank: int, world_size: int, device: torch.device | str
+    ) -> EvalLoader:
+        """Loader of any split without augmentation; arguments as for `train_loader`.
+
+        Raises:
+            ValueError: the data set has no such split, or a value is out of range.
+        """
+        if split not in self.sizes:
+            raise ValueError(
+                f"data set {self.name!r} has no split {split!r}; it has: {', '.join(self.sizes)}"
+            )
+        check_share(batch_size, rank, world_size)
+        return self.make_eval_loader(split, batch_size, rank, world_size, torch.device(device))
 
 
 def check_share(batch_size: int, rank: int, world_size: int) -> None:

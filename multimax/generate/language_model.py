@@ -68,11 +68,8 @@ def load(checkpoint: Path, data_root: str | None = None) -> tuple[LanguageModel,
         FileNotFoundError: the checkpoint, its config.yaml or the vocabulary is missing.
         ValueError: the checkpoint is of another task, or of another vocabulary.
     """
-    path, config, state = read_run(checkpoint, "language_modeling", "lm_...")
-    if data_root is not None:
-        config.data.root = data_root
-    options = {str(key): value for key, value in config.data.items()}
-    vocabulary = build_text_source(**options).vocabulary
+    path, config, state = read_run(checkpoint, "language_modeling", "lm_...", data_root)
+    vocabulary = build_text_source(**config.data.given()).vocabulary
     model = build_language_model(config, vocabulary)
     load_trained(model, path, state, vocabulary.fingerprint, config.data.name)
     return model, vocabulary

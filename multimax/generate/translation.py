@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from multimax.data.pairs import build_pair_source
@@ -20,7 +19,8 @@ from multimax.data.pairs.batches import Pairs, Sentences, cut_by_tokens
 from multimax.data.pairs.sources import Languages
 from multimax.decoding import Hypothesis, beam_search
 from multimax.models.transformer import TranslationModel
-from multimax.tasks.translation import build_translation_model, check_decoding
+from multimax.options import validate
+from multimax.tasks.translation import Decoding, build_translation_model, search_options
 from multimax.training.trained import load_trained, read_run
 
 LINES = 256  # that are read, sorted by length and translated together
@@ -47,10 +47,9 @@ def run(arguments: argparse.Namespace) -> None:
             a line is not UTF-8.
     """
     translator = load(arguments.checkpoint, arguments.data_root)
-    for name in ("beam", "length_penalty"):
-        if (value := getattr(arguments, name)) is not None:
-            translator.decoding[name] = value
-    check_decoding(translator.decoding)
+    chosen = {name: getattr(arguments, name) for name in ("beam", "length_penalty")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    translator.decoding = validate(Decoding, translator.decoding.given() | chosen, "decoding.")
     drawn = arguments.attention is None
     # Someone who types wants to see the translation of a line before typing the next.
     together = 1 if sys.stdin.isatty() else LINES
@@ -75,14 +74,12 @@ def load(checkpoint: Path, data_root: str | None = None) -> "Translator":
         FileNotFoundError: the checkpoint, its config.yaml or the vocabulary is missing.
         ValueError: the checkpoint is of another task, or of another vocabulary.
     """
-    path, config, state = read_run(checkpoint, "translation", "mt_...")
-    if data_root is not None:
-        config.data.root = data_root
-    languages = build_pair_source(**cast(dict[str, Any], config.data)).languages
+    path, config, state = read_run(checkpoint, "translation", "mt_...", data_root)
+    languages = build_pair_source(**config.data.given()).languages
     model = build_translation_model(config, languages)
     load_trained(model, path, state, languages.fingerprint, config.data.name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoding = cast(dict[str, Any], OmegaConf.to_container(config.decoding))
+    decoding = cast(Any, config).decoding
     return Translator(model.to(device), languages, decoding, config.data.max_length)
 
 
@@ -92,7 +89,7 @@ class Translator:
     Args:
         model: in evaluation mode.
         languages: its vocabularies.
-        decoding: options of beam search, see `configs/recipe/translation`.
+        decoding: options of beam search.
         max_length: tokens of a source sentence; the model has seen no longer ones.
     """
 
@@ -100,7 +97,7 @@ class Translator:
         self,
         model: TranslationModel,
         languages: Languages,
-        decoding: dict[str, Any],
+        decoding: Decoding,
         max_length: int,
     ) -> None:
         self.model, self.languages = model, languages
@@ -202,10 +199,12 @@ class Translator:
         return tokens
 
     def _search(self, source: Tensor) -> list[Hypothesis]:
-        options = {name: value for name, value in self.decoding.items() if name != "monitor_beam"}
         source = source.to(next(self.model.parameters()).device)
         eos = self.languages.target_vocabulary.eos_index
-        return [found[0] for found in beam_search(self.model, source, eos=eos, **options)]
+        return [
+            found[0]
+            for found in beam_search(self.model, source, eos=eos, **search_options(self.decoding))
+        ]
 
 
 def _decoded(lines: Iterable[bytes]) -> Iterator[str]:

@@ -2,36 +2,73 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from multimax.data.loading import TrainLoader
+from multimax.data.loading import EvalLoader, LoadedData, TrainLoader
+from multimax.models.registry import Models
+from multimax.options import Section
+
+LARGEST_LOSS = 700  # nats; beyond it the perplexity is no number
 
 
 class Task(ABC):
     """Data, model and loss of one of the paper's tasks.
 
     Attributes:
+        data_kind: what its data sets are called in messages.
+        data_sets: what `config.data` can name.
+        models: what `config.model` can name.
+        model_arguments: arguments of its models that the task fills in, which are no settings.
+        sections: parts of the configuration that are the task's own, such as `loss`.
+        unit: what a batch is counted in, such as "images".
+        monitor: the metric that picks the best checkpoint, such as "valid/top1".
+        higher_is_better: whether `monitor` is to rise.
         model: the network; the trainer moves it to its device and wraps it.
         train_loader: training batches of this process.
+        eval_loaders: evaluation batches of this process, by split.
         splits: names of the evaluation splits, each with its number of examples.
-        monitor: the figure that picks the best checkpoint, such as "valid/top1".
-        higher_is_better: whether `monitor` is to rise.
-        unit: what a batch is counted in, such as "images".
         fingerprint: of what gives the weights their meaning beside the model, such as the
             vocabulary; a checkpoint with another one is refused.
-        notes: what a reader of the figures has to know, such as the signature of BLEU; as JSON.
+        notes: what a reader of the metrics has to know, such as the signature of BLEU; as JSON.
     """
+
+    data_kind: ClassVar[str]
+    data_sets: ClassVar[Mapping[str, Callable[..., Any]]]
+    models: ClassVar[Models]
+    model_arguments: ClassVar[tuple[str, ...]]
+    sections: ClassVar[Mapping[str, type[Section]]] = {}
+    unit: ClassVar[str]
+    monitor: ClassVar[str]
+    higher_is_better: ClassVar[bool]
 
     model: nn.Module
     train_loader: TrainLoader
+    eval_loaders: dict[str, EvalLoader]
     splits: dict[str, int]
-    monitor: str
-    higher_is_better: bool
-    unit: str
     fingerprint: str = ""
     notes: Mapping[str, Any] = {}
+
+    def open_loaders(
+        self, data: LoadedData, config: Any, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        """Set splits and loaders, with the batch sizes of `config.trainer`.
+
+        Raises:
+            ValueError: the training split is smaller than one batch over all processes.
+        """
+        self.device = device
+        self.splits = {name: size for name, size in data.sizes.items() if name != "train"}
+        share = rank, world_size, device
+        self.train_loader = data.train_loader(
+            batch_size_per_process(config, world_size), *share, config.seed
+        )
+        self.eval_loaders = {
+            split: data.eval_loader(split, config.trainer.eval_batch_size, *share)
+            for split in self.splits
+        }
 
     @abstractmethod
     def describe(self) -> dict[str, str]:
@@ -49,8 +86,34 @@ class Task(ABC):
     def evaluate(
         self, model: nn.Module, split: str, reduce: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
-        """Figures of one split over all processes; `reduce` sums a tensor over them."""
+        """Metrics of one split over all processes; `reduce` sums a tensor over them."""
 
     @abstractmethod
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        """Figures of each normalizer on a few evaluation batches, by module name."""
+        """Measures of each normalizer on a few evaluation batches, by module name."""
+
+
+def batch_size_per_process(config: Any, world_size: int) -> int:
+    """Units in one batch of one process, of which `trainer.accumulation` make an update."""
+    return config.trainer.batch_size // (world_size * config.trainer.accumulation)
+
+
+def describe_model(model: nn.Module) -> str:
+    """Class and number of parameters."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return f"{type(model).__name__}, {parameters:,} parameters"
+
+
+def check_counted(split: str, counted: float, expected: int, unit: str) -> None:
+    """Raise RuntimeError unless every example of a split was evaluated exactly once."""
+    if counted != expected:
+        raise RuntimeError(f"evaluated {counted:.0f} of {expected} {split} {unit}")
+
+
+def check_not_diverged(split: str, loss_per_token: float, *others: float) -> None:
+    """Raise FloatingPointError for means, in nats, that have no perplexity."""
+    if not max(loss_per_token, *others) < LARGEST_LOSS:
+        raise FloatingPointError(
+            f"the {split} loss is {loss_per_token:.4g} per token: training has diverged. Lower "
+            "optimizer.lr or set trainer.clip_norm"
+        )

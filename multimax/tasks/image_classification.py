@@ -1,26 +1,38 @@
 """Image classification with a DeiT: any normalizer in attention and in the output layer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import islice
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from multimax.data.images import build_image_data
+from multimax.data.images import IMAGE_DATA, build_image_data
 from multimax.losses import output_loss
 from multimax.metrics import NormalizerRecorder
-from multimax.models.vision import build_vision_transformer
+from multimax.models.registry import IMAGE_CLASSIFIERS, build_model
 from multimax.normalizers import Normalizer
-from multimax.tasks.base import Task
+from multimax.options import NotNegative, Probability, Rate, Section
+from multimax.tasks.base import Task, batch_size_per_process, check_counted, describe_model
 
 INSPECTED_BATCHES = 4  # of an evaluation split: enough rows for two digits, cheap on one core
 
 
+class ImageLoss(Section):
+    """The loss of image classification; mixup and cutmix give soft targets."""
+
+    label_smoothing: Rate = Field(description="share of the target that is spread over all classes")
+    mixup: NotNegative = Field(description="alpha of mixup; 0 switches it off")
+    cutmix: NotNegative = Field(description="alpha of cutmix; 0 switches it off")
+    mixup_switch_prob: Probability = Field(
+        description="probability of cutmix where a batch can have either"
+    )
+
+
 class ImageClassification(Task):
-    """DeiT on labelled images; figures are top-1 and top-5 accuracy in percent and the loss.
+    """A model on labelled images; metrics are top-1 and top-5 accuracy in percent and the loss.
 
     Args:
         config: the composed configuration; `data`, `model`, `attention`, `output`, `loss` and
@@ -34,34 +46,28 @@ class ImageClassification(Task):
         FileNotFoundError: the data is not where the configuration says.
     """
 
+    data_kind, data_sets = "image data set", IMAGE_DATA
+    models = IMAGE_CLASSIFIERS
+    model_arguments = ("attention", "output", "num_classes", "image_size", "in_channels")
+    sections: ClassVar = {"loss": ImageLoss}
     unit = "images"
     monitor = "valid/top1"
     higher_is_better = True
 
-    def __init__(
-        self, config: DictConfig, rank: int, world_size: int, device: torch.device
-    ) -> None:
-        self.data = build_image_data(**_plain(config.data))
-        self.splits = {name: size for name, size in self.data.sizes.items() if name != "train"}
-        self.model = build_vision_transformer(
-            **_plain(config.model),
-            attention=_plain(config.attention),
-            output=_plain(config.output),
+    def __init__(self, config: Any, rank: int, world_size: int, device: torch.device) -> None:
+        self.data = build_image_data(**config.data.given())
+        self.model = build_model(
+            self.models,
+            **config.model.given(),
+            attention=config.attention.given(),
+            output=config.output.given(),
             num_classes=self.data.num_classes,
             image_size=self.data.image_size,
             in_channels=self.data.channels,
         )
-        options = config.trainer
-        batch_size = options.batch_size // (world_size * options.accumulation)
-        self.train_loader = self.data.train_loader(
-            batch_size, rank, world_size, device, config.seed
-        )
-        self._eval_loaders = {
-            split: self.data.eval_loader(split, options.eval_batch_size, rank, world_size, device)
-            for split in self.splits
-        }
-        self.device = device
+        self.open_loaders(self.data, config, rank, world_size, device)
         self.label_smoothing = config.loss.label_smoothing
+        batch_size = batch_size_per_process(config, world_size)
         self.mixup = _build_mixup(config.loss, self.data.num_classes, batch_size)
 
     @property
@@ -71,12 +77,11 @@ class ImageClassification(Task):
 
     def describe(self) -> dict[str, str]:
         sizes = ", ".join(f"{size:,} {split}" for split, size in self.data.sizes.items())
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
         attention = next(m for name, m in self.model.named_modules() if name.endswith("normalizer"))
         side = self.data.image_size
         return {
             "data": f"{self.data.name}: {sizes} images of {side} x {side}",
-            "model": f"{type(self.model).__name__}, {parameters:,} parameters",
+            "model": describe_model(self.model),
             "attention": str(attention),
             "output": str(self.output),
         }
@@ -98,36 +103,26 @@ class ImageClassification(Task):
         self, model: nn.Module, split: str, reduce: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
         totals = torch.zeros(4, dtype=torch.float64)
-        for images, targets in self._eval_loaders[split]:
+        for images, targets in self.eval_loaders[split]:
             scores = model(images).float()
             loss = output_loss(cast(Normalizer, model.output), scores, targets, reduction="sum")
             ranked = scores.topk(min(5, scores.size(-1)), dim=-1).indices == targets[:, None]
             counts = [ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(targets))]
             totals += torch.stack([count.double().cpu() for count in counts])
         top1, top5, loss, count = reduce(totals.to(self.device)).tolist()
-        if count != self.splits[split]:
-            raise RuntimeError(f"evaluated {count:.0f} of {self.splits[split]} {split} images")
+        check_counted(split, count, self.splits[split], self.unit)
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
         split = next(iter(self.splits))
         with NormalizerRecorder(model) as recorder:
-            for images, _ in islice(iter(self._eval_loaders[split]), INSPECTED_BATCHES):
+            for images, _ in islice(iter(self.eval_loaders[split]), INSPECTED_BATCHES):
                 cast(Normalizer, model.output)(model(images))
         return recorder.summary()
 
 
-def _plain(section: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]
-
-
-def _build_mixup(options: Mapping[str, Any], num_classes: int, batch_size: int) -> Mixup | None:
-    for field in ("mixup", "cutmix"):
-        if options[field] < 0:
-            raise ValueError(f"loss.{field}={options[field]} must be >= 0; 0 switches it off")
-    if not 0 <= options["mixup_switch_prob"] <= 1:
-        raise ValueError(f"loss.mixup_switch_prob={options['mixup_switch_prob']} must be in [0, 1]")
-    if not (options["mixup"] or options["cutmix"]):
+def _build_mixup(options: ImageLoss, num_classes: int, batch_size: int) -> Mixup | None:
+    if not (options.mixup or options.cutmix):
         return None
     if batch_size % 2:
         raise ValueError(
@@ -136,9 +131,9 @@ def _build_mixup(options: Mapping[str, Any], num_classes: int, batch_size: int) 
             "and loss.cutmix=0"
         )
     return Mixup(
-        mixup_alpha=options["mixup"],
-        cutmix_alpha=options["cutmix"],
-        switch_prob=options["mixup_switch_prob"],
-        label_smoothing=options["label_smoothing"],
+        mixup_alpha=options.mixup,
+        cutmix_alpha=options.cutmix,
+        switch_prob=options.mixup_switch_prob,
+        label_smoothing=options.label_smoothing,
         num_classes=num_classes,
     )

@@ -3,32 +3,39 @@
 import math
 from collections.abc import Callable
 from itertools import islice
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 from torch import Tensor, nn
 
-from multimax.data.text import build_text_source
+from multimax.data.text import TEXT_DATA, build_text_source
 from multimax.data.text.blocks import TextBatch
 from multimax.data.vocabulary import Vocabulary
 from multimax.metrics import NormalizerRecorder
 from multimax.models.adaptive import AdaptiveOutput
 from multimax.models.output import Output
+from multimax.models.registry import LANGUAGE_MODELS, build_model
 from multimax.models.transformer import LanguageModel
 from multimax.normalizers import ModulatedSoftMax, Normalizer
-from multimax.tasks.base import Task
+from multimax.options import Rate, Section
+from multimax.tasks.base import Task, check_counted, check_not_diverged, describe_model
 
 INSPECTED_BATCHES = 4  # of an evaluation split
 INSPECTED_ROWS = 64  # of each: an output row of WikiText-103 has 267,744 entries
 EPSILON = 0.01  # what `smoothed_perplexity` spreads evenly over the vocabulary
-LARGEST_LOSS = 700  # nats; beyond it the perplexity is no number
+
+
+class TokenLoss(Section):
+    """The loss of a prediction of tokens."""
+
+    label_smoothing: Rate = Field(description="share of the target that is spread over all words")
 
 
 class LanguageModeling(Task):
     """A Transformer that predicts each token of a text from those before it.
 
-    Figures of a split, of which every token counts once:
+    Metrics of a split, of which every token counts once:
 
     - `loss`: the output normalizer's own loss per token; nats for SoftMax and MultiMax.
     - `perplexity`: exp of the mean negative log-likelihood of a token; depends on the vocabulary.
@@ -55,42 +62,30 @@ class LanguageModeling(Task):
         FileNotFoundError: the data is not where the configuration says.
     """
 
+    data_kind, data_sets = "text data set", TEXT_DATA
+    models = LANGUAGE_MODELS
+    model_arguments = ("vocabulary_size", "padding_index", "attention", "output")
+    sections: ClassVar = {"loss": TokenLoss}
     unit = "tokens"
     monitor = "valid/loss"
     higher_is_better = False
 
-    def __init__(
-        self, config: DictConfig, rank: int, world_size: int, device: torch.device
-    ) -> None:
-        self.data = build_text_source(**_plain(config.data)).load()
-        self.splits = {name: size for name, size in self.data.sizes.items() if name != "train"}
+    def __init__(self, config: Any, rank: int, world_size: int, device: torch.device) -> None:
+        self.data = build_text_source(**config.data.given()).load()
         self.fingerprint = self.data.vocabulary.fingerprint
         model = build_language_model(config, self.data.vocabulary)
         self.model: LanguageModel = model  # pyright: ignore[reportIncompatibleVariableOverride]
-        options = config.trainer
-        self.train_loader = self.data.train_loader(
-            options.batch_size // (world_size * options.accumulation),
-            rank,
-            world_size,
-            device,
-            config.seed,
-        )
-        self._eval_loaders = {
-            split: self.data.eval_loader(split, options.eval_batch_size, rank, world_size, device)
-            for split in self.splits
-        }
-        self.device = device
+        self.open_loaders(self.data, config, rank, world_size, device)
         self.label_smoothing = config.loss.label_smoothing
 
     def describe(self) -> dict[str, str]:
         data, model = self.data, self.model
         sizes = ", ".join(f"{size:,} {split}" for split, size in data.sizes.items())
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         attention = next(m for m in model.decoder.layers.modules() if isinstance(m, Normalizer))
         return {
             "data": f"{data.name}: {sizes} tokens, vocabulary of {data.vocabulary.size:,}, "
             f"blocks of {data.block_size}",
-            "model": f"{type(model).__name__}, {parameters:,} parameters",
+            "model": describe_model(model),
             "attention": str(attention),
             "output": str(_normalizers(model.output)[0]),
         }
@@ -108,7 +103,7 @@ class LanguageModeling(Task):
         output = cast(LanguageModel, model).output
         sparse = is_sparse(output)
         totals = torch.zeros(3, dtype=torch.float64)
-        for batch in self._eval_loaders[split]:
+        for batch in self.eval_loaders[split]:
             counts = batch.targets != self.model.padding_index
             features, targets = model(batch.inputs)[counts], batch.targets[counts]
             loss = output.loss(features, targets, reduction="sum")
@@ -116,14 +111,9 @@ class LanguageModeling(Task):
             count = torch.tensor(len(targets))
             totals += torch.stack([value.double().cpu() for value in (loss, surprise, count)])
         loss, surprise, count = reduce(totals.to(self.device)).tolist()
-        if count != self.splits[split]:
-            raise RuntimeError(f"evaluated {count:.0f} of {self.splits[split]} {split} tokens")
+        check_counted(split, count, self.splits[split], self.unit)
         words, size = self.data.words[split], self.data.bytes[split]
-        if not max(loss / count, surprise / words) < LARGEST_LOSS:
-            raise FloatingPointError(
-                f"the {split} loss is {loss / count:.4g} per token: training has diverged. Lower "
-                "optimizer.lr or set trainer.clip_norm"
-            )
+        check_not_diverged(split, loss / count, surprise / words)
         prefix = "smoothed_" if sparse else ""
         return {
             "loss": loss / count,
@@ -135,25 +125,27 @@ class LanguageModeling(Task):
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
         split = next(iter(self.splits))
         with NormalizerRecorder(model) as recorder:
-            for batch in islice(iter(self._eval_loaders[split]), INSPECTED_BATCHES):
+            for batch in islice(iter(self.eval_loaders[split]), INSPECTED_BATCHES):
                 features = model(batch.inputs)[batch.targets != self.model.padding_index]
                 cast(LanguageModel, model).output.probabilities(features[:INSPECTED_ROWS])
         return recorder.summary()
 
 
-def build_language_model(config: DictConfig, vocabulary: Vocabulary) -> LanguageModel:
+def build_language_model(config: Any, vocabulary: Vocabulary) -> LanguageModel:
     """The model that `config` describes, in `model`, `attention` and `output`.
 
     Raises:
         ValueError: an option of the model or a normalizer is out of range.
     """
-    return LanguageModel(
-        vocabulary.size,
-        vocabulary.padding_index,
-        **_plain(config.model),
-        attention=_plain(config.attention),
-        output=_plain(config.output),
+    model = build_model(
+        LANGUAGE_MODELS,
+        **config.model.given(),
+        vocabulary_size=vocabulary.size,
+        padding_index=vocabulary.padding_index,
+        attention=config.attention.given(),
+        output=config.output.given(),
     )
+    return cast(LanguageModel, model)
 
 
 def is_sparse(output: Output | AdaptiveOutput) -> bool:
@@ -176,7 +168,3 @@ def smoothed_surprise(output: Output | AdaptiveOutput, features: Tensor, targets
 
 def _normalizers(output: nn.Module) -> list[Normalizer]:
     return [module for module in output.modules() if isinstance(module, Normalizer)]
-
-
-def _plain(section: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]

@@ -1,42 +1,50 @@
 """Translation with an encoder-decoder Transformer: any normalizer in attention and output layer."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor, nn
 
-from multimax.data.pairs import build_pair_source
-from multimax.data.pairs.batches import PairBatch, TokenTrainLoader, eval_batches
+from multimax.data.pairs import PAIR_DATA, build_pair_source
+from multimax.data.pairs.batches import PairBatch, TokenTrainLoader
 from multimax.data.pairs.sources import Languages
 from multimax.data.vocabulary import PairVocabulary
 from multimax.decoding import beam_search
 from multimax.metrics import NormalizerRecorder
 from multimax.models.output import Output
+from multimax.models.registry import TRANSLATION_MODELS, build_model
 from multimax.models.transformer import TranslationModel
-from multimax.tasks.base import Task
-from multimax.tasks.language_modeling import is_sparse, smoothed_surprise
+from multimax.options import Count, NotNegative, Section
+from multimax.tasks.base import Task, check_not_diverged, describe_model
+from multimax.tasks.language_modeling import TokenLoss, is_sparse, smoothed_surprise
 
 INSPECTED_SENTENCES = 64  # of an evaluation split
-LARGEST_LOSS = 700  # nats; beyond it the perplexity is no number
 
-Check = tuple[str, Callable[[Any], bool], str]
-DECODING: tuple[Check, ...] = (
-    ("beam", lambda v: isinstance(v, int) and v >= 1, "a whole number >= 1"),
-    ("monitor_beam", lambda v: isinstance(v, int) and v >= 1, "a whole number >= 1"),
-    ("length_penalty", lambda v: isinstance(v, float | int), "a number"),
-    ("max_len_a", lambda v: isinstance(v, float | int) and v >= 0, "a number >= 0"),
-    ("max_len_b", lambda v: isinstance(v, int) and v >= 1, "a whole number >= 1"),
-)
+
+class Decoding(Section):
+    """The options of beam search."""
+
+    beam: Count = Field(
+        description="hypotheses of a sentence, in the translation of the test split"
+    )
+    monitor_beam: Count = Field(description="the same for the valid split, at every evaluation")
+    length_penalty: float = Field(
+        description="below 1 favours short translations, above 1 long ones"
+    )
+    max_len_a: NotNegative = Field(
+        description="longest translation in tokens, for each token of the source; see max_len_b"
+    )
+    max_len_b: Count = Field(description="tokens that are added to max_len_a times the source")
 
 
 class Translation(Task):
     """A Transformer that translates sentences.
 
-    Figures of a split, of which every sentence counts once:
+    Metrics of a split, of which every sentence counts once:
 
     - `loss`: the output normalizer's own loss per target token, without label smoothing; nats for
       SoftMax and MultiMax.
@@ -62,31 +70,22 @@ class Translation(Task):
         FileNotFoundError: the data is not where the configuration says.
     """
 
+    data_kind, data_sets = "translation data set", PAIR_DATA
+    models = TRANSLATION_MODELS
+    model_arguments = (
+        "source_vocabulary_size", "target_vocabulary_size", "padding_index", "attention", "output",
+    )  # fmt: skip
+    sections: ClassVar = {"loss": TokenLoss, "decoding": Decoding}
     unit = "tokens"
     monitor = "valid/bleu"
     higher_is_better = True
 
-    def __init__(
-        self, config: DictConfig, rank: int, world_size: int, device: torch.device
-    ) -> None:
-        self.decoding = check_decoding(_plain(config.decoding))
-        self.data = build_pair_source(**_plain(config.data)).load()
-        self.splits = {name: len(pairs) for name, pairs in self.data.splits.items()}
-        del self.splits["train"]
+    def __init__(self, config: Any, rank: int, world_size: int, device: torch.device) -> None:
+        self.decoding: Decoding = config.decoding
+        self.data = build_pair_source(**config.data.given()).load()
         model = build_translation_model(config, self.data.languages)
         self.model: TranslationModel = model  # pyright: ignore[reportIncompatibleVariableOverride]
-        options = config.trainer
-        loader = TokenTrainLoader(
-            self.data.splits["train"],
-            options.batch_size // (world_size * options.accumulation),
-            rank,
-            world_size,
-            device,
-            config.seed,
-        )
-        self.train_loader, self.batches_left_over = loader, loader.left_over
-        self.eval_batch_size = options.eval_batch_size
-        self.rank, self.world_size, self.device = rank, world_size, device
+        self.open_loaders(self.data, config, rank, world_size, device)
         self.label_smoothing = config.loss.label_smoothing
         self.fingerprint = self.data.languages.fingerprint
         self.notes = {"left_out": self.data.left_out}
@@ -100,9 +99,9 @@ class Translation(Task):
             for split, counts in data.left_out.items()
             for reason, count in counts.items()
         ]
-        if self.batches_left_over:
-            left_out.append(f"{self.batches_left_over} batches of an epoch, each time others")
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        batches_left_over = cast(TokenTrainLoader, self.train_loader).left_over
+        if batches_left_over:
+            left_out.append(f"{batches_left_over} batches of an epoch, each time others")
         encoder = cast(Any, self.model.encoder.layers[0])
         decoder = cast(Any, self.model.decoder.layers[0])
         attention = {
@@ -114,7 +113,7 @@ class Translation(Task):
             "data": f"{data.name} {languages.source}-{languages.target}: {sizes} pairs, "
             f"vocabularies of {vocabularies[0]:,} and {vocabularies[1]:,}",
             "left out": ", ".join(left_out) or "nothing",
-            "model": f"{type(self.model).__name__}, {parameters:,} parameters",
+            "model": describe_model(self.model),
             "attention": ", ".join(f"{place} {module}" for place, module in attention.items()),
             "output": str(cast(Output, self.model.output).normalizer),
         }
@@ -134,7 +133,7 @@ class Translation(Task):
         totals = torch.zeros(3, dtype=torch.float64)
         # Each process fills in its own sentences, and the sum over all processes has them all.
         found = torch.zeros(len(pairs), self._longest(split), dtype=torch.int64, device=self.device)
-        for indices, batch in self._eval_batches(split):
+        for indices, batch in self.eval_loaders[split]:
             totals += self._totals(model, batch).cpu()
             translations = self._search(model, split, batch)
             for index, tokens in zip(indices.tolist(), translations, strict=True):
@@ -143,11 +142,7 @@ class Translation(Task):
         rows = reduce(found).tolist()
         if count != pairs.target.lengths.sum() or not all(pairs.eos_index in row for row in rows):
             raise RuntimeError(f"not every {split} sentence was evaluated exactly once")
-        if not max(loss, surprise) / count < LARGEST_LOSS:
-            raise FloatingPointError(
-                f"the {split} loss is {loss / count:.4g} per token: training has diverged. Lower "
-                "optimizer.lr or set trainer.clip_norm"
-            )
+        check_not_diverged(split, loss / count, surprise / count)
         vocabulary = self.data.languages.target_vocabulary
         lines = [vocabulary.decode(row[: row.index(pairs.eos_index)]) for row in rows]
         figures, signatures = score_lines(vocabulary, lines, self.data.references[split])
@@ -155,11 +150,6 @@ class Translation(Task):
         prefix = "smoothed_" if is_sparse(model.output) else ""
         perplexity = {f"{prefix}perplexity": math.exp(surprise / count)}
         return figures | {"loss": loss / count} | perplexity
-
-    def _eval_batches(self, split: str):
-        return eval_batches(
-            self.data.splits[split], self.eval_batch_size, self.rank, self.world_size, self.device
-        )
 
     def _totals(self, model: TranslationModel, batch: PairBatch) -> Tensor:
         """Loss, negative log-likelihood and number of target tokens."""
@@ -173,17 +163,16 @@ class Translation(Task):
 
     def _search(self, model: TranslationModel, split: str, batch: PairBatch) -> list[list[int]]:
         """The best translation of each sentence, which ends with the end of sentence."""
-        options = dict(self.decoding)
-        monitor_beam = options.pop("monitor_beam")
+        options = search_options(self.decoding)
         if split != "test":
-            options["beam"] = monitor_beam
+            options["beam"] = self.decoding.monitor_beam
         eos = self.data.languages.target_vocabulary.eos_index
         return [found[0].tokens for found in beam_search(model, batch.source, eos=eos, **options)]
 
     def _longest(self, split: str) -> int:
         """The largest number of tokens that a translation can have."""
         source = int(self.data.splits[split].source.lengths.max())
-        return int(self.decoding["max_len_a"] * source + self.decoding["max_len_b"]) + 1
+        return int(self.decoding.max_len_a * source + self.decoding.max_len_b) + 1
 
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
         model = cast(TranslationModel, model)
@@ -217,40 +206,24 @@ def score_lines(
     return figures, signatures
 
 
-def build_translation_model(config: DictConfig, languages: Languages) -> TranslationModel:
+def build_translation_model(config: Any, languages: Languages) -> TranslationModel:
     """The model that `config` describes, in `model`, `attention` and `output`.
-
-    In `model`, the attention of encoder, decoder and cross-attention can be a normalizer's name, or
-    its name and options, where it is to differ from `attention`.
 
     Raises:
         ValueError: an option of the model or a normalizer is out of range.
     """
-    options = _plain(config.model)
-    for place in ("encoder_attention", "decoder_attention", "cross_attention"):
-        if isinstance(options[place], str):
-            options[place] = {"name": options[place]}
-    return TranslationModel(
-        languages.source_vocabulary.size,
-        languages.target_vocabulary.size,
-        languages.target_vocabulary.padding_index,
-        **options,
-        attention=_plain(config.attention),
-        output=_plain(config.output),
+    model = build_model(
+        TRANSLATION_MODELS,
+        **config.model.given(),
+        source_vocabulary_size=languages.source_vocabulary.size,
+        target_vocabulary_size=languages.target_vocabulary.size,
+        padding_index=languages.target_vocabulary.padding_index,
+        attention=config.attention.given(),
+        output=config.output.given(),
     )
+    return cast(TranslationModel, model)
 
 
-def check_decoding(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of beam search, in range.
-
-    Raises:
-        ValueError: naming the field, its value and what to type instead.
-    """
-    for field, allowed, remedy in DECODING:
-        if isinstance(options[field], bool) or not allowed(options[field]):
-            raise ValueError(f"decoding.{field}={options[field]!r} must be {remedy}")
-    return dict(options)
-
-
-def _plain(section: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(section, resolve=True)  # type: ignore[return-value]
+def search_options(decoding: Decoding) -> dict[str, Any]:
+    """What `multimax.decoding.beam_search` takes of the configuration."""
+    return {name: value for name, value in decoding.given().items() if name != "monitor_beam"}

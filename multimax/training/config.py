@@ -1,81 +1,258 @@
-"""Checks of a composed configuration, before anything long starts, and the name of its run."""
+"""The configuration of a run: every setting with its type, its range and a sentence; its folder.
 
-import difflib
-import hashlib
+`read_config` turns what Hydra composed into a `Config`, before anything long starts. The sections
+`data`, `model`, `attention` and `output` are the arguments of what they name (`section_of`); a task
+declares those that are its own.
+"""
+
 import json
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from hydra import compose
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, create_model, model_validator
+
+from multimax.files import digest
+from multimax.normalizers import NORMALIZERS, build_aside
+from multimax.options import (
+    Count,
+    NotNegative,
+    Positive,
+    Rate,
+    Section,
+    Whole,
+    as_typed,
+    section_of,
+    validate,
+)
+from multimax.registry import look_up
+from multimax.tasks import TASKS
+from multimax.tasks.base import Task
+from multimax.training.schedules import SCHEDULES
 
 # What changes nothing in the numbers of a run, so that it does not change its folder.
 NOT_IN_HASH = ("output_dir", "resume", "logger", "seed", "name", "tags")
 NOT_IN_HASH_NESTED = {"trainer": ("log_every",), "data": ("root", "num_workers", "cache")}
 
-Check = tuple[str, Callable[[Any], bool], str]
-CHECKS: tuple[Check, ...] = (
-    ("seed", lambda v: _whole(v) and v >= 0, "a whole number >= 0"),
-    ("resume", lambda v: isinstance(v, str), "auto, never or the path of a checkpoint"),
-    ("trainer.batch_size", lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
-    ("trainer.eval_batch_size", lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
-    ("trainer.accumulation", lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
-    ("trainer.epochs", lambda v: v is None or (_whole(v) and v >= 1), "a whole number >= 1"),
-    ("trainer.updates", lambda v: v is None or (_whole(v) and v >= 1), "a whole number >= 1"),
-    ("trainer.evaluate_every", lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
-    ("trainer.log_every", lambda v: _whole(v) and v >= 1, "a whole number >= 1"),
-    ("trainer.precision", lambda v: v in ("no", "bf16", "fp16"), "no, bf16 or fp16"),
-    ("trainer.clip_norm", lambda v: v is None or (_number(v) and v > 0),
-     "a number > 0, or null for no clipping"),
-    ("trainer.ema_decay", lambda v: v is None or (_number(v) and 0 < v < 1),
-     "in (0, 1), or null for no EMA"),
-    ("trainer.report", lambda v: v in ("last", "best"), "last or best"),
-    ("trainer.compile", lambda v: isinstance(v, bool), "true or false"),
-    ("optimizer.lr", lambda v: _number(v) and v > 0, "a number > 0"),
-    ("optimizer.weight_decay", lambda v: _number(v) and v >= 0, "a number >= 0"),
-    ("schedule.warmup", lambda v: _whole(v) and v >= 0, "a whole number >= 0"),
-    ("schedule.min_lr", lambda v: v is None or (_number(v) and v >= 0), "a number >= 0"),
-    ("schedule.period", lambda v: v is None or (_whole(v) and v >= 1), "a whole number >= 1"),
-    ("schedule.period_growth", lambda v: v is None or (_number(v) and v >= 1), "a number >= 1"),
-    ("schedule.shrink", lambda v: v is None or (_number(v) and v > 0), "a number > 0"),
-    ("loss.label_smoothing", lambda v: _number(v) and 0 <= v < 1, "in [0, 1)"),
-    ("logger.wandb", lambda v: v in ("auto", "online", "offline", "disabled"),
-     "auto, online, offline or disabled"),
-)  # fmt: skip
+NAME = Field(description="which one; its own settings stand beside it")
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+class LoggerSection(Section):
+    """Where a run reports to beside its own files."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        description="Weights & Biases; auto is online if you are logged in, else offline"
+    )
 
 
-def _number(value: Any) -> bool:
-    return _whole(value) or (isinstance(value, float) and math.isfinite(value))
+class TaskSection(Section):
+    """What is trained."""
+
+    name: str = NAME
 
 
-def check_config(config: DictConfig, world_size: int) -> None:
-    """Check what can be checked without data.
+class ScaleSection(Section):
+    """How large everything is."""
+
+    name: str = Field(description="small: embedded data, a CPU; paper: the paper's recipes")
+    topk: Count = Field(description="keys that top-k attention keeps")
+
+
+class TrainerSection(Section):
+    """Length, batches and precision of the training."""
+
+    epochs: Count | None = Field(description="length in passes over the data; null: see updates")
+    updates: Count | None = Field(description="length in optimizer updates; null: see epochs")
+    batch_size: Count = Field(
+        description="of one update, over all processes and accumulated batches, in images, blocks "
+        "of text, or tokens of translation"
+    )
+    eval_batch_size: Count = Field(description="of one process in evaluation, in the same unit")
+    accumulation: Count = Field(description="batches of a process that make one update")
+    precision: Literal["no", "bf16", "fp16"] = Field(
+        description='mixed precision; "no" (quoted in YAML) is fp32, fp16 needs a GPU'
+    )
+    compile: bool = Field(description="torch.compile the model")
+    clip_norm: Positive | None = Field(
+        description="largest gradient norm of weights, and of normalizers; null does not clip"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="of averaged weights, which are evaluated too; null keeps no average"
+    )
+    evaluate_every: Count = Field(
+        description="evaluate and save, in epochs, or in updates where these are the length"
+    )
+    log_every: Count = Field(description="updates between two lines of metrics.jsonl")
+    report: Literal["last", "best"] = Field(description="which weights the result is of")
+
+
+class OptimizerSection(Section):
+    """The optimizer of timm with this name, and its options; null is the optimizer's default."""
+
+    name: str = Field(description="as timm.optim.list_optimizers() has it")
+    lr: Positive = Field(description="peak learning rate")
+    weight_decay: NotNegative = Field(description="decoupled, of parameters of two dimensions")
+    eps: Positive | None = Field(None, description="added to the denominator of Adam")
+    betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="of the running means of Adam"
+    )
+    momentum: Rate | None = Field(None, description="of SGD and its like")
+    filter_bias_and_bn: bool = Field(
+        True, description="false: weight decay on parameters of one dimension too"
+    )
+
+
+class ScheduleSection(Section):
+    """The learning rate over the updates; each schedule needs some of these, and leaves others."""
+
+    name: Literal["cosine", "inverse_sqrt", "cosine_restarts"] = Field(description="of a formula")
+    warmup: Whole = Field(
+        description="linear rise, in epochs if these are the length of a cosine, else in updates"
+    )
+    warmup_lr: NotNegative | None = Field(None, description="where the rise begins")
+    min_lr: NotNegative | None = Field(None, description="where cosine and cosine_restarts end")
+    per_epoch: bool | None = Field(None, description="of cosine: one rate for each epoch")
+    period: Count | None = Field(None, description="of cosine_restarts: first period, in updates")
+    period_growth: Annotated[float, Field(ge=1)] | None = Field(
+        None, description="of cosine_restarts: length of a period by that of the one before"
+    )
+    shrink: Positive | None = Field(
+        None, description="of cosine_restarts: rates of a period by those of the one before"
+    )
+
+    @model_validator(mode="after")
+    def _check_needed(self) -> "ScheduleSection":
+        missing = [name for name in SCHEDULES[self.name] if getattr(self, name) is None]
+        if missing:
+            needed = ", ".join(f"schedule.{name}" for name in missing)
+            raise ValueError(f"schedule.name={self.name} needs a value for {needed}")
+        return self
+
+
+class Config(Section):
+    """The whole configuration; `config_class` makes the one of a task, data set and so on."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.+-]*$")] = Field(
+        description="of the experiment and its folder: letters, digits, and . + - _ after the first"
+    )
+    seed: Whole = Field(description="of weights, order and augmentation")
+    tags: list[str] = Field(description="for Weights & Biases")
+    output_dir: str = Field(description="folder of all runs")
+    resume: str = Field(
+        description="auto: go on where this run stopped; never: afresh; or the path of a checkpoint"
+    )
+    logger: LoggerSection
+    task: TaskSection
+    scale: ScaleSection
+    trainer: TrainerSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection
+    attention: Any = None
+    output: Any = None
+    data: Any = None
+    model: Any = None
+    loss: Any = None
+
+    def recorded(self) -> dict[str, Any]:
+        """What was given, as plain values: what `result.json` and `config.yaml` hold."""
+        return self.model_dump(exclude_unset=True)
+
+
+def read_config(content: Any) -> Config:
+    """The typed configuration.
+
+    Args:
+        content: what Hydra composed, or the same as plain mappings; a `Config` stays as it is.
 
     Raises:
-        ValueError: naming the field, its value and what to type instead.
+        ValueError: a setting is missing, unknown, of a wrong type, out of range, or does not go
+            with another; the message names it, its value, and what to type instead.
     """
-    for field, allowed, remedy in CHECKS:
-        value = OmegaConf.select(config, field)
-        if not allowed(value):
-            raise ValueError(f"{field}={value!r} must be {remedy}")
-    trainer = config.trainer
+    if isinstance(content, Config):
+        return content
+    plain = _resolved(content)
+    task: type[Task] = look_up("task", TASKS, _chosen(plain, "task"))
+    tables = {
+        "attention": ("normalizer", NORMALIZERS),
+        "output": ("normalizer", NORMALIZERS),
+        "data": (task.data_kind, task.data_sets),
+        "model": (f"model of {plain['task']['name']}", task.models),
+    }
+    for section, (kind, table) in tables.items():
+        look_up(kind, table, _chosen(plain, section))
+    names = [plain[section]["name"] for section in tables]
+    config = validate(config_class(task, *names), plain)
+    for section in ("attention", "output"):
+        try:
+            build_aside(getattr(config, section).given())
+        except ValueError as error:
+            raise ValueError(f"{section}.{error}") from None
+    _check_length(config)
+    return config
+
+
+@cache
+def config_class(
+    task: type[Task], attention: str, output: str, data: str, model: str
+) -> type[Config]:
+    """The class of the configurations of a task with these normalizers, data set and model."""
+    name: Any = str, NAME
+    sections: dict[str, Any] = {
+        "attention": section_of(NORMALIZERS[attention], name=name),
+        "output": section_of(NORMALIZERS[output], name=name),
+        "data": section_of(task.data_sets[data], name=name),
+        "model": section_of(task.models[model], task.model_arguments, name=name),
+        **task.sections,
+    }
+    fields: dict[str, Any] = {key: (section, ...) for key, section in sections.items()}
+    return create_model("Config", __base__=Config, **fields)
+
+
+def _resolved(content: Any) -> dict[str, Any]:
+    if isinstance(content, Mapping) and not isinstance(content, DictConfig):
+        return dict(content)
+    try:
+        plain: Any = OmegaConf.to_container(content, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {error.msg or error}") from error
+    return plain
+
+
+def _chosen(plain: Mapping[str, Any], section: str) -> str:
+    content = plain.get(section)
+    name = content.get("name") if isinstance(content, Mapping) else None
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{section}={as_typed(content)} must be a section with a name: choose one of the files "
+            f"in configs/{section}"
+        )
+    return name
+
+
+def _check_length(config: Config) -> None:
+    trainer, schedule = config.trainer, config.schedule
     if (trainer.epochs is None) == (trainer.updates is None):
         raise ValueError(
-            f"trainer.epochs={trainer.epochs} and trainer.updates={trainer.updates}: give one of "
-            "them and set the other to null"
+            f"trainer.epochs={as_typed(trainer.epochs)} and "
+            f"trainer.updates={as_typed(trainer.updates)}: give one of them and set the other to "
+            "null"
         )
+    length = trainer.epochs or trainer.updates or 0
+    # The warm-up of the other schedules is in updates, which only the data makes epochs of.
+    known = schedule.name == "cosine" or trainer.updates is not None
+    if known and schedule.warmup >= length:
+        raise ValueError(
+            f"schedule.warmup={schedule.warmup} leaves nothing of the {length} "
+            f"{'epochs' if trainer.epochs else 'updates'}: use fewer than {length}"
+        )
+
+
+def check_processes(config: Config, world_size: int) -> None:
+    """Raise ValueError for a batch size that the processes cannot share."""
+    trainer = config.trainer
     per_process = world_size * trainer.accumulation
     if trainer.batch_size % per_process:
         nearest = max(1, round(trainer.batch_size / per_process)) * per_process
@@ -84,17 +261,9 @@ def check_config(config: DictConfig, world_size: int) -> None:
             f"multiple of processes x trainer.accumulation = {world_size} x "
             f"{trainer.accumulation}: use trainer.batch_size={nearest}"
         )
-    length = trainer.epochs or trainer.updates
-    # The warm-up of the other schedules is in updates, which only the data makes epochs of.
-    known = config.schedule.name == "cosine" or trainer.updates is not None
-    if known and config.schedule.warmup >= length:
-        raise ValueError(
-            f"schedule.warmup={config.schedule.warmup} leaves nothing of the {length} "
-            f"{'epochs' if trainer.epochs else 'updates'}: use fewer than {length}"
-        )
 
 
-def run_folder(config: DictConfig) -> Path:
+def run_folder(config: Config) -> Path:
     """`output_dir/scale/experiment/<normalizers>-<hash>-seed<seed>`: one folder a configuration."""
     return (
         Path(config.output_dir)
@@ -104,81 +273,17 @@ def run_folder(config: DictConfig) -> Path:
     )
 
 
-def config_hash(config: DictConfig) -> str:
+def config_hash(config: Config) -> str:
     """Eight hexadecimal digits of all settings that can change the numbers, but for the seed."""
-    content: Any = OmegaConf.to_container(config, resolve=True)
-    content = {key: value for key, value in content.items() if key not in NOT_IN_HASH}
+    return digest(json.dumps(hashed_settings(config), sort_keys=True))[:8]
+
+
+def hashed_settings(config: Config) -> dict[str, Any]:
+    """All settings that can change the numbers, but for the seed, as plain values.
+
+    Defaults are filled in and nulls left out, so that two spellings of one configuration are equal.
+    """
+    content = config.model_dump(exclude_none=True, exclude=set(NOT_IN_HASH))
     for section, keys in NOT_IN_HASH_NESTED.items():
         content[section] = {k: v for k, v in content[section].items() if k not in keys}
-    text = json.dumps(content, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def explain_bad_overrides(overrides: Sequence[str], config_name: str = "config") -> str | None:
-    """What is wrong with the command line and what the valid choices are; None if it composes.
-
-    Call it inside `hydra.initialize`. Of a sweep (`a=1,2`), each choice of a group is checked, and
-    the first value of a setting.
-    """
-    try:
-        choices = [_choices(parsed) for parsed in _parse(overrides)]
-    except HydraException as error:
-        return str(error)
-    firsts = [first for first, *_ in choices]
-    others = [
-        [*firsts[:i], other, *firsts[i + 1 :]]
-        for i, (_, *rest) in enumerate(choices)
-        for other in rest
-    ]
-    problems = (_explain(candidate, config_name) for candidate in (firsts, *others))
-    return next((problem for problem in problems if problem), None)
-
-
-def _explain(overrides: list[str], config_name: str) -> str | None:
-    try:
-        compose(config_name, overrides=overrides)
-        return None
-    except HydraException as error:
-        message = str(error)
-    unknown = re.search(r"Could not override '([^']+)'", message)
-    if not unknown:
-        return message.split("Config search path")[0].strip()
-    key = unknown.group(1)
-    groups = [str(p.input_line) for p in _parse(overrides) if _chooses_group(p)]
-    known = sorted(set(_keys(compose(config_name, overrides=groups))))
-    close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    section = key.rsplit(".", 1)[0] + "." if "." in key else ""
-    siblings = [k for k in known if k.startswith(section) and "." not in k[len(section) :]]
-    lines = [f"there is no setting {key!r}"]
-    if close:
-        lines.append(f"did you mean: {', '.join(close)}")
-    lines.append(f"settings there: {', '.join(siblings) or ', '.join(known)}")
-    return "\n".join(lines)
-
-
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    loader = GlobalHydra.instance().config_loader()  # globs are looked up there
-    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-
-
-def _choices(override: Override) -> list[str]:
-    """The override itself; of a sweep those of its values that are checked."""
-    if not override.is_sweep_override():
-        return [str(override.input_line)]
-    values = override.sweep_string_iterator()
-    values = values if _chooses_group(override) else islice(values, 1)
-    return [f"{override.get_key_element()}={value}" for value in values]
-
-
-def _chooses_group(override: Override) -> bool:
-    """Whether it chooses a file of a group: these decide which settings exist."""
-    groups = ("experiment", "task", "scale", "attention", "output", "data", "model", "debug")
-    return override.type == OverrideType.CHANGE and override.key_or_group in groups
-
-
-def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key in config:
-        node = config._get_node(key)
-        yield f"{prefix}{key}"
-        if isinstance(node, DictConfig) and not node._is_none():
-            yield from _keys(node, f"{prefix}{key}.")
+    return content

@@ -1,35 +1,32 @@
 """Optimizer, learning-rate schedule and gradient clipping of a run."""
 
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from multimax.normalizers import Normalizer
-from multimax.training.schedules import cosine_restarts, inverse_sqrt
-
-FORMULAS: dict[str, Callable[..., float]] = {
-    "inverse_sqrt": inverse_sqrt,
-    "cosine_restarts": cosine_restarts,
-}
+from multimax.training.schedules import FORMULAS, SCHEDULES
 
 
-def build_optimizer(model: nn.Module, config: DictConfig) -> torch.optim.Optimizer:
-    """The optimizer of timm by name; one-dimensional parameters get no weight decay."""
+def build_optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
+    """The optimizer of timm that `config.optimizer` describes.
+
+    Raises:
+        ValueError: timm knows no such optimizer, or it does not take one of the options.
+    """
+    given = {key: value for key, value in config.given().items() if value is not None}
     options: dict[str, Any] = {
-        str(key): tuple(value) if key == "betas" else value
-        for key, value in config.items()
-        if key != "name"
+        key: tuple(value) if key == "betas" else value for key, value in given.items()
     }
+    del options["name"]
     try:
         return create_optimizer_v2(model, opt=config.name, **options)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(
             f"optimizer.name={config.name!r}: {error}; timm.optim.list_optimizers() has the names"
         ) from error
@@ -43,26 +40,21 @@ class LearningRate:
 
     Args:
         optimizer: whose rate is set.
-        config: `name` and the options of that schedule. Of `cosine` these are `warmup` and
-            `warmup_lr`, `min_lr`, `per_epoch`, with the warm-up in the unit of `length`.
+        config: `config.schedule`; the warm-up of `cosine` is in the unit of `length`.
         length: of the whole schedule, in epochs or in updates.
         updates_per_unit: updates in one unit of length.
-
-    Raises:
-        ValueError: the name is unknown, or an option of the schedule is missing.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        config: DictConfig,
+        config: Any,
         length: int,
         updates_per_unit: int,
     ) -> None:
         self.optimizer, self.updates_per_unit = optimizer, updates_per_unit
         self.formula: Callable[[int, float], float] | None = None
         if config.name == "cosine":
-            _options(config, ("warmup", "warmup_lr", "min_lr", "per_epoch"))
             self.per_epoch = config.per_epoch
             steps = 1 if config.per_epoch else updates_per_unit
             self.scheduler = CosineLRScheduler(
@@ -74,7 +66,8 @@ class LearningRate:
                 t_in_epochs=config.per_epoch,
             )
         else:
-            self.formula = _formula(config)
+            options = {name: getattr(config, name) for name in SCHEDULES[config.name]}
+            self.formula = partial(FORMULAS[config.name], **options)
             self.peaks = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, update: int) -> None:
@@ -86,23 +79,6 @@ class LearningRate:
             self.scheduler.step(update // self.updates_per_unit)
         else:
             self.scheduler.step_update(update)
-
-
-def _formula(config: DictConfig) -> Callable[[int, float], float]:
-    """The formula that `config.name` names with its options; those of other schedules are left."""
-    if config.name not in FORMULAS:
-        known = ", ".join(["cosine", *FORMULAS])
-        raise ValueError(f"schedule.name={config.name!r} is unknown; known: {known}")
-    formula = FORMULAS[config.name]
-    _, _, *names = inspect.signature(formula).parameters
-    return partial(formula, **_options(config, names))
-
-
-def _options(config: DictConfig, names: Iterable[str]) -> dict[str, Any]:
-    missing = ", ".join(f"schedule.{name}" for name in names if config.get(name) is None)
-    if missing:
-        raise ValueError(f"schedule.name={config.name} needs a value for {missing}")
-    return {name: config[name] for name in names}
 
 
 def normalizer_parameters(model: nn.Module) -> list[nn.Parameter]:

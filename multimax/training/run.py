@@ -11,13 +11,19 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from multimax.files import locked, write_atomically, write_json
 from multimax.tasks import build_task
 from multimax.tasks.base import Task
-from multimax.training.config import check_config, config_hash, run_folder
+from multimax.training.config import (
+    Config,
+    check_processes,
+    config_hash,
+    read_config,
+    run_folder,
+)
 from multimax.training.loggers import JsonLinesLogger, Logger, ProgressDisplay, WandbLogger
 from multimax.training.random_state import seed_everything
 from multimax.training.result import SCHEMA, environment, learned_scalars, now, print_result
@@ -26,12 +32,12 @@ from multimax.training.trainer import Trainer
 INITIALIZATION = 2**32 - 1  # the "epoch" whose random stream draws the initial weights
 
 
-def run(config: DictConfig, console: Console | None = None) -> dict[str, Any]:
+def run(config: Any, console: Console | None = None) -> dict[str, Any]:
     """Train, evaluate and write `result.json`; a finished run is only read back.
 
     Args:
-        config: composed from `configs/`.
-        console: where to report to; None is the terminal.
+        config: composed from `configs/`, see `read_config`.
+        console: where the main process reports to; None is the terminal.
 
     Returns:
         The content of `result.json`.
@@ -43,25 +49,25 @@ def run(config: DictConfig, console: Console | None = None) -> dict[str, Any]:
         InterruptedRunError: a signal arrived; the same command goes on from here.
         OSError: a file cannot be written, for example because the disk is full.
     """
-    console = console or Console()
-    check_config(config, PartialState(cpu=not torch.cuda.is_available()).num_processes)
+    config = read_config(config)
+    check_processes(config, PartialState(cpu=not torch.cuda.is_available()).num_processes)
     accelerator = _accelerator(config)
     try:
         folder = run_folder(config)
         if not accelerator.is_main_process:
             accelerator.wait_for_everyone()
-            return _run(config, accelerator, folder, None)
+            return _run(config, accelerator, folder, Console(quiet=True))
         with locked(folder):
             if config.resume == "never":
                 _set_aside(folder)
             accelerator.wait_for_everyone()
-            return _run(config, accelerator, folder, console)
+            return _run(config, accelerator, folder, console or Console())
     finally:
         # A sweep makes one Accelerator after another; their settings would otherwise be shared.
         AcceleratorState._reset_state()
 
 
-def _accelerator(config: DictConfig) -> Accelerator:
+def _accelerator(config: Config) -> Accelerator:
     precision = config.trainer.precision
     if precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("trainer.precision=fp16 needs a CUDA device: use bf16 or no on a CPU")
@@ -77,7 +83,7 @@ def _accelerator(config: DictConfig) -> Accelerator:
 
 
 def _run(
-    config: DictConfig, accelerator: Accelerator, folder: Path, console: Console | None
+    config: Config, accelerator: Accelerator, folder: Path, console: Console
 ) -> dict[str, Any]:
     result_file = folder / "result.json"
     if result_file.exists():
@@ -86,20 +92,18 @@ def _run(
     task = build_task(
         config, accelerator.process_index, accelerator.num_processes, accelerator.device
     )
+    _describe(console, config, accelerator, task, folder)
     display, loggers = None, []
-    if console:
-        _describe(console, config, accelerator, task, folder)
+    if accelerator.is_main_process:
+        _save_config(config, folder)
         loggers = _loggers(config, folder)
-        updates = len(task.train_loader) // config.trainer.accumulation
-        total = config.trainer.updates or config.trainer.epochs * updates
-        display = ProgressDisplay(console, total, task.unit)
+        display = ProgressDisplay(console, _total_updates(config, task), task.unit)
     trainer = Trainer(task, config, folder, accelerator, loggers, display)
     checkpoint = _checkpoint_to_resume(config, trainer)
     if checkpoint:
         trainer.resume(checkpoint)
-        if console:
-            line = f"resuming from {checkpoint} at update {trainer.position.update}"
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
+        line = f"resuming from {checkpoint} at update {trainer.position.update}"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     else:
         for logger in loggers:
             logger.resume(0)
@@ -107,12 +111,14 @@ def _run(
     return _finish(config, trainer, loggers, folder, console)
 
 
+def _total_updates(config: Config, task: Task) -> int:
+    options = config.trainer
+    per_epoch = len(task.train_loader) // options.accumulation
+    return options.updates or (options.epochs or 0) * per_epoch
+
+
 def _finish(
-    config: DictConfig,
-    trainer: Trainer,
-    loggers: list[Logger],
-    folder: Path,
-    console: Console | None,
+    config: Config, trainer: Trainer, loggers: list[Logger], folder: Path, console: Console
 ) -> dict[str, Any]:
     if config.trainer.report == "best":
         trainer.load_best()
@@ -128,7 +134,7 @@ def _finish(
         "scale": config.scale.name,
         "seed": config.seed,
         "config_hash": config_hash(config),
-        "config": OmegaConf.to_container(config, resolve=True),
+        "config": config.recorded(),
         "metrics": metrics,
         "notes": task.notes,
         "reported_weights": config.trainer.report,
@@ -142,13 +148,13 @@ def _finish(
         **environment(),
         "finished": now(),
     }
-    if console:
+    if trainer.accelerator.is_main_process:
         write_json(folder / "result.json", result)
-        for logger in loggers:
-            logger.finish(
-                {f"{split}/{name}": v for split, row in metrics.items() for name, v in row.items()}
-            )
-        print_result(console, result, folder)
+    for logger in loggers:
+        logger.finish(
+            {f"{split}/{name}": v for split, row in metrics.items() for name, v in row.items()}
+        )
+    print_result(console, result, folder)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -160,14 +166,13 @@ def _without_nan(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float
     }
 
 
-def _finished(result_file: Path, console: Console | None) -> dict[str, Any]:
+def _finished(result_file: Path, console: Console) -> dict[str, Any]:
     result = json.loads(result_file.read_text())
-    if console:
-        console.print(
-            "this configuration and seed is finished; here is its result (resume=never runs it "
-            "again and keeps this one aside)"
-        )
-        print_result(console, result, result_file.parent)
+    console.print(
+        "this configuration and seed is finished; here is its result (resume=never runs it "
+        "again and keeps this one aside)"
+    )
+    print_result(console, result, result_file.parent)
     return result
 
 
@@ -183,7 +188,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _describe(
-    console: Console, config: DictConfig, accelerator: Accelerator, task: Task, folder: Path
+    console: Console, config: Config, accelerator: Accelerator, task: Task, folder: Path
 ) -> None:
     devices = f"{accelerator.num_processes} x {accelerator.device}"
     scale = config.scale.name
@@ -196,11 +201,14 @@ def _describe(
     }
     for name, value in rows.items():
         console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True, markup=False)
-    resolved = OmegaConf.to_yaml(config, resolve=True).encode()
-    write_atomically(folder / "config.yaml", lambda stream: stream.write(resolved))
 
 
-def _loggers(config: DictConfig, folder: Path) -> list[Logger]:
+def _save_config(config: Config, folder: Path) -> None:
+    content = OmegaConf.to_yaml(OmegaConf.create(config.recorded())).encode()
+    write_atomically(folder / "config.yaml", lambda stream: stream.write(content))
+
+
+def _loggers(config: Config, folder: Path) -> list[Logger]:
     identity = folder / "wandb_id"
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex[:8])
@@ -208,8 +216,8 @@ def _loggers(config: DictConfig, folder: Path) -> list[Logger]:
         "name": folder.name,
         "id": identity.read_text().strip(),
         "group": config.name,
-        "tags": list(config.tags),
-        "config": OmegaConf.to_container(config, resolve=True),
+        "tags": config.tags,
+        "config": config.recorded(),
     }
     return [
         JsonLinesLogger(folder / "metrics.jsonl"),
@@ -217,7 +225,7 @@ def _loggers(config: DictConfig, folder: Path) -> list[Logger]:
     ]
 
 
-def _checkpoint_to_resume(config: DictConfig, trainer: Trainer) -> Path | None:
+def _checkpoint_to_resume(config: Config, trainer: Trainer) -> Path | None:
     if config.resume in ("auto", "never"):
         return trainer.last_checkpoint if trainer.last_checkpoint.exists() else None
     path = Path(config.resume)

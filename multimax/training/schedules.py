@@ -1,6 +1,9 @@
 """fairseq's learning rates as functions of the update, counted from 0."""
 
 import math
+from collections.abc import Callable
+
+from multimax.registry import option_names
 
 
 def inverse_sqrt(update: int, peak: float, *, warmup: int, warmup_lr: float) -> float:
@@ -48,3 +51,14 @@ def cosine_restarts(
         position, length, number = position - length, length * period_growth, number + 1
     cosine = (1 + math.cos(math.pi * position / length)) / 2
     return (min_lr + (peak - min_lr) * cosine) * shrink**number
+
+
+# What each schedule needs of `config.schedule`; cosine is timm's.
+FORMULAS: dict[str, Callable[..., float]] = {
+    "inverse_sqrt": inverse_sqrt,
+    "cosine_restarts": cosine_restarts,
+}
+SCHEDULES: dict[str, list[str]] = {
+    "cosine": ["warmup", "warmup_lr", "min_lr", "per_epoch"],
+    **{name: option_names(formula)[2:] for name, formula in FORMULAS.items()},
+}

@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import nn
 
 from multimax.files import load_checkpoint
+from multimax.training.config import Config, read_config
 
 
-def read_run(checkpoint: Path, task: str, experiments: str) -> tuple[Path, DictConfig, dict]:
+def read_run(
+    checkpoint: Path, task: str, experiments: str, data_root: str | None = None
+) -> tuple[Path, Config, dict[str, Any]]:
     """The checkpoint of a run, its configuration and its content.
 
     Args:
@@ -17,10 +20,12 @@ def read_run(checkpoint: Path, task: str, experiments: str) -> tuple[Path, DictC
             in one; config.yaml is beside it.
         task: what it must have been trained for.
         experiments: what experiments of this task are called, such as "mt_...".
+        data_root: replaces `data.root` of the configuration.
 
     Raises:
         FileNotFoundError: the checkpoint or its config.yaml is missing.
-        ValueError: the checkpoint is damaged or of another task.
+        ValueError: the checkpoint is damaged or of another task, or its configuration is not one of
+            this version.
     """
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     file = folder / "config.yaml"
@@ -29,8 +34,10 @@ def read_run(checkpoint: Path, task: str, experiments: str) -> tuple[Path, DictC
             f"there is no {file}, which tells what model {checkpoint.name} is of: give a run "
             "folder, or a checkpoint in its run folder"
         )
-    config = OmegaConf.load(file)
-    assert isinstance(config, DictConfig)
+    content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    if data_root is not None:
+        content["data"]["root"] = data_root
+    config = read_config(content)
     if config.task.name != task:
         raise ValueError(
             f"{folder} was trained for {config.task.name}: give the run of an experiment "

@@ -3,43 +3,29 @@
 import contextlib
 import itertools
 import math
-import signal
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from omegaconf import DictConfig
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from multimax.files import load_checkpoint, save_checkpoint
 from multimax.tasks.base import Task
+from multimax.training.checkpoints import Position, check_complete, load_weights, weights
+from multimax.training.config import Config
 from multimax.training.loggers import Logger, ProgressDisplay
 from multimax.training.non_finite import describe_non_finite
 from multimax.training.optimization import GradientClipping, LearningRate, build_optimizer
 from multimax.training.random_state import random_state, restore_random_state, seed_everything
-
-CHECKPOINT_FORMAT = 1
+from multimax.training.signals import StopSignal
 
 
 class InterruptedRunError(Exception):
     """The run was asked to stop; its state is saved."""
-
-
-@dataclass
-class Position:
-    """How far a run has come: it begins again exactly here."""
-
-    update: int = 0
-    epoch: int = 0
-    batch: int = 0  # batches of this process already drawn in this epoch
-    seconds: float = 0.0  # of training, over all processes that had a part in it
-    best: float | None = None
-    best_update: int = 0
 
 
 class Trainer:
@@ -57,7 +43,7 @@ class Trainer:
     def __init__(
         self,
         task: Task,
-        config: DictConfig,
+        config: Config,
         folder: Path,
         accelerator: Accelerator,
         loggers: list[Logger],
@@ -75,7 +61,7 @@ class Trainer:
                 f"are {len(task.train_loader)}; use a smaller trainer.batch_size"
             )
         self.updates_per_unit = self.updates_per_epoch if options.epochs else 1
-        self.length = options.epochs or options.updates
+        self.length = options.epochs or options.updates or 0
         self.total_updates = self.length * self.updates_per_unit
         self.position = Position()
 
@@ -91,7 +77,7 @@ class Trainer:
         self.clip = GradientClipping(task.model, options.clip_norm)
         self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self._saved_random_state: dict[str, Any] | None = None
-        self._stop_signal: int | None = None
+        self._stop = StopSignal()
 
     @property
     def last_checkpoint(self) -> Path:
@@ -111,7 +97,7 @@ class Trainer:
             FloatingPointError: the loss is not finite; the message says which tensor is to blame.
         """
         end = self.total_updates if stop_after is None else min(stop_after, self.total_updates)
-        with self._catching_signals(), self.display or contextlib.nullcontext():
+        with self._stop, self.display or contextlib.nullcontext():
             if self.display:
                 self.display.start_at(self.position.update)
             while self.position.update < end:
@@ -266,13 +252,8 @@ class Trainer:
             logger.log(self.position.update, figures)
 
     def _weights(self) -> dict[str, Any]:
-        return {
-            "format": CHECKPOINT_FORMAT,
-            "fingerprint": self.task.fingerprint,
-            "position": asdict(self.position),
-            "model": self.task.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
-        }
+        ema = None if self.ema is None else self.ema.module
+        return weights(self.task.model, ema, self.position, self.task.fingerprint)
 
     def save(self) -> None:
         """Write `last.pt`: all that resuming needs, of all processes."""
@@ -295,13 +276,7 @@ class Trainer:
             ValueError: it is not a checkpoint of this configuration.
         """
         state = load_checkpoint(path)
-        missing = {*self._weights(), "optimizer", "scaler", "random_states"} - set(state)
-        if missing or state["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(
-                f"{path} cannot be resumed (missing: {', '.join(sorted(missing)) or 'nothing'}; "
-                f"format {state.get('format')}, expected {CHECKPOINT_FORMAT}): give a last.pt "
-                "of this version, or start afresh with resume=never"
-            )
+        check_complete(state, path)
         self._load_weights(state, path)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -320,44 +295,12 @@ class Trainer:
         self._load_weights(load_checkpoint(self.best_checkpoint), self.best_checkpoint)
 
     def _load_weights(self, state: dict[str, Any], path: Path) -> None:
-        if state["fingerprint"] != self.task.fingerprint:
-            raise ValueError(
-                f"{path} was trained with another vocabulary: give the data that it was trained "
-                "on, or start afresh with resume=never"
-            )
-        if (state["ema"] is None) != (self.ema is None):
-            raise ValueError(
-                f"{path} was written {'without' if state['ema'] is None else 'with'} EMA: "
-                "set trainer.ema_decay as it was, or start afresh with resume=never"
-            )
-        try:
-            self.task.model.load_state_dict(state["model"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(state["ema"])
-        except RuntimeError as error:
-            raise ValueError(
-                f"{path} does not fit the configured model: {error}. Use the configuration that it "
-                "was trained with, or start afresh with resume=never"
-            ) from error
-
-    @contextlib.contextmanager
-    def _catching_signals(self):
-        def remember(number: int, _frame: Any) -> None:
-            if self._stop_signal is not None:  # a second Ctrl-C does not wait
-                raise KeyboardInterrupt
-            self._stop_signal = number
-
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        previous = {number: signal.signal(number, remember) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        ema = None if self.ema is None else self.ema.module
+        load_weights(self.task.model, ema, state, self.task.fingerprint, path)
 
     def _stop_requested(self) -> bool:
         """Whether any process got a signal; all of them must agree on the update to stop after."""
         if self.accelerator.num_processes == 1:
-            return self._stop_signal is not None
-        flag = torch.tensor(float(self._stop_signal is not None), device=self.accelerator.device)
+            return self._stop.requested
+        flag = torch.tensor(float(self._stop.requested), device=self.accelerator.device)
         return self._sum(flag).item() > 0

@@ -20,7 +20,6 @@ from multimax.data.loading import (
     EvalLoader,
     TrainLoader,
     batches_per_epoch,
-    check_share,
     derive_seed,
     share,
 )
@@ -47,18 +46,11 @@ class FileImageData(ImageData):
     repeated_augmentation: int
     num_workers: int
 
-    def train_loader(
-        self, batch_size: int, rank: int, world_size: int, device: torch.device | str, seed: int
-    ) -> TrainLoader:
-        check_share(batch_size, rank, world_size)
-        return _FileTrainLoader(self, batch_size, rank, world_size, torch.device(device), seed)
+    def make_train_loader(self, *arguments: Any) -> TrainLoader:
+        return _FileTrainLoader(self, *arguments)
 
-    def eval_loader(
-        self, split: str, batch_size: int, rank: int, world_size: int, device: torch.device | str
-    ) -> EvalLoader:
-        self.check_split(split)
-        check_share(batch_size, rank, world_size)
-        return _FileEvalLoader(self, split, batch_size, rank, world_size, torch.device(device))
+    def make_eval_loader(self, split: str, *arguments: Any) -> EvalLoader:
+        return _FileEvalLoader(self, split, *arguments)
 
 
 class _FileTrainLoader(TrainLoader):

@@ -14,7 +14,6 @@ from multimax.data.loading import (
     EvalLoader,
     TrainLoader,
     batches_per_epoch,
-    check_share,
     derive_seed,
 )
 
@@ -37,18 +36,11 @@ class StreamImageData(FileImageData):
         repeated_augmentation: 1; timm's sampler needs examples by number.
     """
 
-    def train_loader(
-        self, batch_size: int, rank: int, world_size: int, device: torch.device | str, seed: int
-    ) -> TrainLoader:
-        check_share(batch_size, rank, world_size)
-        return _StreamTrainLoader(self, batch_size, rank, world_size, torch.device(device), seed)
+    def make_train_loader(self, *arguments: Any) -> TrainLoader:
+        return _StreamTrainLoader(self, *arguments)
 
-    def eval_loader(
-        self, split: str, batch_size: int, rank: int, world_size: int, device: torch.device | str
-    ) -> EvalLoader:
-        self.check_split(split)
-        check_share(batch_size, rank, world_size)
-        return _StreamEvalLoader(self, split, batch_size, rank, world_size, torch.device(device))
+    def make_eval_loader(self, split: str, *arguments: Any) -> EvalLoader:
+        return _StreamEvalLoader(self, split, *arguments)
 
 
 class _StreamTrainLoader(TrainLoader):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from multimax.data.loading import (
     EvalLoader,
     TrainLoader,
     batches_per_epoch,
-    check_share,
     derive_seed,
     share,
 )
@@ -61,18 +61,11 @@ class TensorImageData(ImageData):
     mean: Tensor
     std: Tensor
 
-    def train_loader(
-        self, batch_size: int, rank: int, world_size: int, device: torch.device | str, seed: int
-    ) -> TrainLoader:
-        check_share(batch_size, rank, world_size)
-        return _TensorTrainLoader(self, batch_size, rank, world_size, torch.device(device), seed)
+    def make_train_loader(self, *arguments: Any) -> TrainLoader:
+        return _TensorTrainLoader(self, *arguments)
 
-    def eval_loader(
-        self, split: str, batch_size: int, rank: int, world_size: int, device: torch.device | str
-    ) -> EvalLoader:
-        self.check_split(split)
-        check_share(batch_size, rank, world_size)
-        return _TensorEvalLoader(self, split, batch_size, rank, world_size, torch.device(device))
+    def make_eval_loader(self, split: str, *arguments: Any) -> EvalLoader:
+        return _TensorEvalLoader(self, split, *arguments)
 
 
 class _TensorTrainLoader(TrainLoader):

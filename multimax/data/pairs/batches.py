@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimax.data.loading import TrainLoader, check_share, derive_seed
+from multimax.data.loading import EvalLoader, TrainLoader, derive_seed
 
 
 class PairBatch(NamedTuple):
@@ -131,8 +131,7 @@ class TokenTrainLoader(TrainLoader):
         seed: >= 0, the same on all ranks.
 
     Raises:
-        ValueError: there are fewer batches than ranks, a pair is larger than `max_tokens`, or a
-            value is out of range.
+        ValueError: there are fewer batches than ranks, or a pair is larger than `max_tokens`.
     """
 
     def __init__(
@@ -141,12 +140,11 @@ class TokenTrainLoader(TrainLoader):
         max_tokens: int,
         rank: int,
         world_size: int,
-        device: torch.device | str,
+        device: torch.device,
         seed: int,
     ) -> None:
-        check_share(max_tokens, rank, world_size)
         self.pairs, self.rank, self.world_size = pairs, rank, world_size
-        self.device, self.seed = torch.device(device), seed
+        self.device, self.seed = device, seed
         order = sorted_by_length(pairs, np.arange(len(pairs)))
         sizes = pairs.sizes[order]
         if len(sizes) and sizes.max() > max_tokens:
@@ -177,10 +175,22 @@ class TokenTrainLoader(TrainLoader):
             yield self.pairs.batch(order[self.cuts[cut]], self.device)
 
 
-def eval_batches(
-    pairs: Pairs, max_tokens: int, rank: int, world_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, PairBatch]]:
-    """Indices and batches of a rank's share; together the ranks have every pair once."""
-    order = sorted_by_length(pairs, np.arange(len(pairs)))
-    for cut in cut_by_tokens(pairs.sizes[order], max_tokens)[rank::world_size]:
-        yield torch.from_numpy(order[cut]).to(device), pairs.batch(order[cut], device)
+class TokenEvalLoader(EvalLoader):
+    """Indices and batches of a rank's share; together the ranks have every pair once.
+
+    Args:
+        pairs: the split.
+        max_tokens, rank, world_size, device: as in `TokenTrainLoader`.
+    """
+
+    def __init__(
+        self, pairs: Pairs, max_tokens: int, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self.pairs, self.device = pairs, device
+        self.order = sorted_by_length(pairs, np.arange(len(pairs)))
+        self.cuts = cut_by_tokens(pairs.sizes[self.order], max_tokens)[rank::world_size]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, PairBatch]]:
+        for cut in self.cuts:
+            indices = self.order[cut]
+            yield torch.from_numpy(indices).to(self.device), self.pairs.batch(indices, self.device)

@@ -4,18 +4,18 @@ import gzip
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import resources
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from multimax.data.loading import SPLITS
-from multimax.data.pairs.batches import Pairs, Sentences
+from multimax.data.loading import SPLITS, LoadedData
+from multimax.data.pairs.batches import Pairs, Sentences, TokenEvalLoader, TokenTrainLoader
 from multimax.data.text.files import byte_pairs
 from multimax.data.vocabulary import BytePairs, BytePairSize, MosesSubwords, PairVocabulary
 from multimax.options import checked
@@ -54,12 +54,12 @@ class Languages:
         )
 
 
-@dataclass(frozen=True)
-class PairData:
-    """A translation data set in numbers.
+@dataclass
+class PairData(LoadedData):
+    """A translation data set in numbers; its batch sizes are in tokens of the longer side.
 
     Attributes:
-        name: name in tables and in the first lines of a run.
+        name, sizes: as in `LoadedData`.
         languages: of source and target.
         splits: "train", "valid" and "test".
         references: target lines of "valid" and "test".
@@ -68,9 +68,16 @@ class PairData:
 
     name: str
     languages: Languages
-    splits: dict[str, Pairs]
-    references: dict[str, list[str]]
-    left_out: dict[str, dict[str, int]]
+    sizes: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, Pairs] = field(default_factory=dict)
+    references: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def make_train_loader(self, *arguments: Any) -> TokenTrainLoader:
+        return TokenTrainLoader(self.splits["train"], *arguments)
+
+    def make_eval_loader(self, split: str, *arguments: Any) -> TokenEvalLoader:
+        return TokenEvalLoader(self.splits[split], *arguments)
 
 
 class PairSource(ABC):
@@ -115,7 +122,7 @@ class PairSource(ABC):
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged or not what it should be.
         """
-        data = PairData(self.name, self.languages, {}, {}, {})
+        data = PairData(self.name, self.languages)
         for split in SPLITS:
             self._load(split, data)
         return data
@@ -145,6 +152,7 @@ class PairSource(ABC):
                 if split != "train":
                     references.append(line[1])
         self._check(split, len(sources), equal / max(pairs, 1), unknown / max(words, 1))
+        data.sizes[split] = len(sources)
         data.splits[split] = Pairs(
             Sentences(sources), Sentences(targets), target.padding_index, target.eos_index
         )

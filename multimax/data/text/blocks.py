@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from multimax.data.loading import (
     EvalLoader,
+    LoadedData,
     TrainLoader,
     batches_per_epoch,
-    check_share,
     derive_seed,
     share,
 )
@@ -36,13 +36,13 @@ class TextBatch(NamedTuple):
 
 
 @dataclass
-class TextData:
+class TextData(LoadedData):
     """Each split is one stream of tokens, of which every one is predicted from those before it.
 
     The first token of a stream is predicted from a line end.
 
     Attributes:
-        name: name in tables and in the first lines of a run.
+        name: as in `LoadedData`.
         vocabulary: of the tokens.
         block_size: tokens that the model sees at once, at most.
         context_window: in evaluation, tokens that are seen but do not count, before each block; in
@@ -50,6 +50,7 @@ class TextData:
         streams: (tokens,) integers by split, possibly memory-mapped.
         words: words between white space plus lines, by split: what perplexity per word is over.
         bytes: size of the text in UTF-8, by split.
+        sizes: number of tokens by split; each is a target once.
 
     Raises:
         ValueError: a split is smaller than one block.
@@ -64,6 +65,7 @@ class TextData:
     bytes: dict[str, int]
 
     def __post_init__(self) -> None:
+        self.sizes = {split: len(stream) for split, stream in self.streams.items()}
         for split, size in self.sizes.items():
             if size < self.block_size:
                 raise ValueError(
@@ -71,44 +73,11 @@ class TextData:
                     f"data.block_size <= {size}, or more text"
                 )
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Number of tokens by split; each is a target once."""
-        return {split: len(stream) for split, stream in self.streams.items()}
+    def make_train_loader(self, *arguments: Any) -> TrainLoader:
+        return BlockLoader(self, *arguments)
 
-    def train_loader(
-        self, batch_size: int, rank: int, world_size: int, device: torch.device | str, seed: int
-    ) -> "BlockLoader":
-        """Shuffled blocks of the split "train".
-
-        Args:
-            batch_size: blocks per process.
-            rank: of this process.
-            world_size: number of processes.
-            device: where the batches are wanted.
-            seed: >= 0, of the order; the same on all ranks.
-
-        Raises:
-            ValueError: the split is smaller than one batch over all ranks, or a value is out of
-                range.
-        """
-        check_share(batch_size, rank, world_size)
-        return BlockLoader(self, batch_size, rank, world_size, torch.device(device), seed)
-
-    def eval_loader(
-        self, split: str, batch_size: int, rank: int, world_size: int, device: torch.device | str
-    ) -> "WindowLoader":
-        """Blocks of any split in order, with context; arguments as for `train_loader`.
-
-        Raises:
-            ValueError: the data set has no such split, or a value is out of range.
-        """
-        if split not in self.streams:
-            raise ValueError(
-                f"data set {self.name!r} has no split {split!r}; it has: {', '.join(self.streams)}"
-            )
-        check_share(batch_size, rank, world_size)
-        return WindowLoader(self, split, batch_size, rank, world_size, torch.device(device))
+    def make_eval_loader(self, split: str, *arguments: Any) -> EvalLoader:
+        return WindowLoader(self, split, *arguments)
 
     def batch(self, split: str, spans: Sequence[Span], device: torch.device) -> TextBatch:
         """The tokens of some spans, each a row."""

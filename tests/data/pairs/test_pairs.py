@@ -11,9 +11,9 @@ from multimax.data.pairs import build_pair_source
 from multimax.data.pairs.batches import (
     Pairs,
     Sentences,
+    TokenEvalLoader,
     TokenTrainLoader,
     cut_by_tokens,
-    eval_batches,
 )
 from multimax.data.pairs.sources import LibreOfficeHelp
 
@@ -246,7 +246,7 @@ class TestBatches:
         pairs = make_pairs()
         got = []
         for rank in range(world_size):
-            for indices, batch in eval_batches(pairs, 60, rank, world_size, torch.device("cpu")):
+            for indices, batch in TokenEvalLoader(pairs, 60, rank, world_size, torch.device("cpu")):
                 assert (batch.source[:, 0] - 100).tolist() == indices.tolist()
                 got += indices.tolist()
         assert sorted(got) == list(range(300))
@@ -256,7 +256,7 @@ class TestBatches:
         longest = int(pairs.sizes.max())
         with pytest.raises(ValueError, match=rf"{longest} tokens.*trainer\.batch_size"):
             load(pairs, max_tokens=longest - 1)
-        batches = list(eval_batches(pairs, longest - 1, 0, 1, torch.device("cpu")))
+        batches = list(TokenEvalLoader(pairs, longest - 1, 0, 1, torch.device("cpu")))
         assert sum(len(indices) for indices, _ in batches) == 300
 
     def test_fewer_batches_than_processes(self):
