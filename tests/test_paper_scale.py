@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 
-from multimax.training.run import run, run_folder
+from multimax.training.config import read_config, run_folder
+from multimax.training.run import run
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +30,8 @@ def paper_values():
             "repeated_augmentation": 3, "num_workers": 8,
         },
         "model": {
-            "architecture": "deit_small_patch16_224", "class_token": False, "qkv_bias": False,
+            "name": "vision_transformer", "architecture": "deit_small_patch16_224",
+            "class_token": False, "qkv_bias": False,
             "norm": "norm_then_pool", "gradient_checkpointing": True, "drop_path": 0.1,
             "dropout": 0.0, "attention_dropout": 0.0, "patch_size": None, "embed_dim": None,
             "depth": None, "num_heads": None, "mlp_ratio": None,
@@ -76,7 +78,7 @@ def test_paper_scale_on_files(tmp_path):
     )  # fmt: skip
     said = io.StringIO()
     result = run(config, Console(file=said))
-    folder = run_folder(config)
+    folder = run_folder(read_config(config))
     assert folder.parent == tmp_path / "paper" / "deit_multimax"
     # 22,050,664 as published, without class token and its position, without qkv bias, with two
     # classes in the place of 1,000, and with 8 scalars in each of 12 layers and the output.

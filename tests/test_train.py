@@ -24,6 +24,7 @@ from rich.console import Console
 
 from multimax.data.pairs.sources import PairSource
 from multimax.tasks import build_task
+from multimax.training.config import read_config
 from multimax.training.run import run
 from multimax.training.trainer import Trainer
 
@@ -163,6 +164,7 @@ def test_experiments_differ_in_nothing_but_the_normalizers():
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_every_pair_of_normalizers(tmp_path, attention, output):
     config = composed(*TINY, "trainer.updates=3", f"attention={attention}", f"output={output}")
+    config = read_config(config)
     accelerator = Accelerator(cpu=True)
     task = build_task(config, 0, 1, accelerator.device)
     before = {name: tensor.clone() for name, tensor in task.model.named_parameters()}
@@ -213,7 +215,12 @@ def train(monkeypatch, capsys):
 def test_help_shows_experiments_and_examples(train):
     code, output, _ = train("--help")
     assert not code
-    examples = ("python train.py -m experiment=", "torchrun", "trainer:", "scale=paper")
+    examples = (
+        "python train.py -m experiment=",
+        "torchrun",
+        "trainer.batch_size=50",
+        "scale=paper",
+    )
     for text in (*EXPERIMENTS, *examples):
         assert text in output
 
@@ -223,7 +230,10 @@ def test_help_shows_experiments_and_examples(train):
     [
         (["seeed=1"], "error: there is no setting 'seeed'\ndid you mean: seed\n"),
         (["-m", "attention=softmax,multimx"], "error: .* Could not find 'attention/multimx'"),
-        (["trainer.batch_size=0"], r"error: trainer\.batch_size=0 must be a whole number >= 1$"),
+        (
+            ["trainer.batch_size=0"],
+            r"error: trainer\.batch_size=0 must be a whole number >= 1 \\(of one",
+        ),
         (["resume=/nowhere", *TINY], "error: no checkpoint at /nowhere: give the path"),
     ],
 )

@@ -34,7 +34,7 @@ def describe_settings(config: DictConfig) -> str:
         for name, value, field in leaves(read_config(content)):
             meaning = f"{describe_field(field)}; {field.description}"
             lines += [
-                f"{name}={as_typed(value)}",
+                f"{name}={value if value and isinstance(value, str) else as_typed(value)}",
                 *textwrap.wrap(meaning, 96, initial_indent="    ", subsequent_indent="    "),
             ]
     except ValueError as error:

@@ -182,7 +182,9 @@ def read_config(content: Any) -> Config:
         "model": (f"model of {plain['task']['name']}", task.models),
     }
     for section, (kind, table) in tables.items():
-        look_up(kind, table, _chosen(plain, section))
+        name = _chosen(plain, section)
+        _check_task(plain["task"]["name"], section, name)
+        look_up(kind, table, name)
     names = [plain[section]["name"] for section in tables]
     config = validate(config_class(task, *names), plain)
     for section in ("attention", "output"):
@@ -223,13 +225,29 @@ def _resolved(content: Any) -> dict[str, Any]:
 
 def _chosen(plain: Mapping[str, Any], section: str) -> str:
     content = plain.get(section)
-    name = content.get("name") if isinstance(content, Mapping) else None
-    if not isinstance(name, str):
+    if not isinstance(content, Mapping):
         raise ValueError(
             f"{section}={as_typed(content)} must be a section with a name: choose one of the files "
             f"in configs/{section}"
         )
+    name = content.get("name")
+    if not isinstance(name, str):
+        raise ValueError(f"{section}.name={as_typed(name)} must be text (which one)")
     return name
+
+
+def _check_task(task: str, section: str, name: str) -> None:
+    """Raise ValueError for a data set or a model that belongs to another task."""
+    attribute = {"data": "data_sets", "model": "models"}.get(section)
+    if attribute is None or name in getattr(TASKS[task], attribute):
+        return
+    owner = next((other for other in TASKS if name in getattr(TASKS[other], attribute)), None)
+    if owner:
+        raise ValueError(
+            f"{section}.name={name} goes with task={owner}, not with task={task}, which takes "
+            f"{', '.join(getattr(TASKS[task], attribute))}: choose {section}=, or recipe=, of one "
+            "task"
+        )
 
 
 def _check_length(config: Config) -> None:

@@ -35,14 +35,14 @@ def read_run(
             "folder, or a checkpoint in its run folder"
         )
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    if content["task"]["name"] != task:
+        raise ValueError(
+            f"{folder} was trained for {content['task']['name']}: give the run of an experiment "
+            f"{experiments}"
+        )
     if data_root is not None:
         content["data"]["root"] = data_root
     config = read_config(content)
-    if config.task.name != task:
-        raise ValueError(
-            f"{folder} was trained for {config.task.name}: give the run of an experiment "
-            f"{experiments}"
-        )
     path = folder / f"{config.trainer.report}.pt" if checkpoint.is_dir() else checkpoint
     return path, config, load_checkpoint(path)
 

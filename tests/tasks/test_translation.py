@@ -16,6 +16,7 @@ from multimax.data.vocabulary import MosesSubwords
 from multimax.decoding import beam_search
 from multimax.tasks import build_task, translation
 from multimax.tasks.translation import build_translation_model, score_lines
+from multimax.training.config import read_config
 from multimax.training.run import run
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ TINY = [
 
 def composed(*overrides):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+        return read_config(compose("config", overrides=list(overrides)))
 
 
 @pytest.fixture

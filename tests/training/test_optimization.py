@@ -3,12 +3,12 @@ import math
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from tiny import ROOT
+from tiny import ROOT, schedule
 from torch import nn
 
 from multimax import MultiMax
 from multimax.models.vision import build_vision_transformer
+from multimax.training.config import read_config
 from multimax.training.optimization import (
     GradientClipping,
     LearningRate,
@@ -19,7 +19,7 @@ from multimax.training.optimization import (
 
 def paper_config():
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("config", overrides=["experiment=deit_multimax", "scale=paper"])
+        return read_config(compose("config", overrides=["experiment=deit_multimax", "scale=paper"]))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_optimizer_gets_its_options():
 
 def rates(options, length, updates_per_unit, peak):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
-    rate = LearningRate(optimizer, OmegaConf.create(options), length, updates_per_unit)
+    rate = LearningRate(optimizer, schedule(options), length, updates_per_unit)
     got = []
     for update in range(length * updates_per_unit):
         rate.set(update)
@@ -86,7 +86,7 @@ def test_rate_by_update():
 def test_rate_does_not_depend_on_what_was_set_before():
     options = {"name": "cosine", "warmup": 2, "warmup_lr": 1e-6, "min_lr": 1e-5, "per_epoch": True}
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
-    LearningRate(optimizer, OmegaConf.create(options), 10, 3).set(17)
+    LearningRate(optimizer, schedule(options), 10, 3).set(17)
     assert optimizer.param_groups[0]["lr"] == rates(options, 10, 3, 1e-3)[17]
 
 

@@ -2,9 +2,11 @@ import math
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from tiny import schedule
 from torch import nn
 
+from multimax.options import validate
+from multimax.training.config import OptimizerSection
 from multimax.training.optimization import LearningRate, build_optimizer
 
 INVERSE_SQRT = {"name": "inverse_sqrt", "warmup": 40, "warmup_lr": 1e-7}
@@ -17,7 +19,7 @@ RESTARTS = {
 def rates(options, updates, peak):
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [parameter]}, {"params": [], "lr": peak / 2}], lr=peak)
-    rate = LearningRate(optimizer, OmegaConf.create(options), length=7, updates_per_unit=3)
+    rate = LearningRate(optimizer, schedule(options), length=7, updates_per_unit=3)
     got = []
     for update in updates:
         rate.set(update)
@@ -86,7 +88,7 @@ def test_each_group_keeps_its_share():
 
 def test_rate_survives_loading_of_the_optimizer():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    rate = LearningRate(optimizer, OmegaConf.create(INVERSE_SQRT), 1, 1)
+    rate = LearningRate(optimizer, schedule(INVERSE_SQRT), 1, 1)
     state = optimizer.state_dict()
     state["param_groups"][0]["lr"] = 123.0
     optimizer.load_state_dict(state)
@@ -97,8 +99,15 @@ def test_rate_survives_loading_of_the_optimizer():
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"name": "linear"}, "schedule.name='linear' is unknown; known: cosine, inverse_sqrt, cos"),
-        ({"name": "inverse_sqrt"}, "inverse_sqrt needs a value for schedule.warmup, schedule.warm"),
+        (
+            {"name": "linear"},
+            "schedule.name='linear' must be cosine, inverse_sqrt or cosine_restarts",
+        ),
+        (
+            {"name": "inverse_sqrt", "warmup": 2},
+            "inverse_sqrt needs a value for schedule.warmup_lr",
+        ),
+        ({"name": "inverse_sqrt"}, "schedule.warmup is missing; it must be a whole number >= 0"),
         (RESTARTS | {"shrink": None}, "cosine_restarts needs a value for schedule.shrink"),
         (RESTARTS | {"name": "cosine"}, "cosine needs a value for schedule.per_epoch"),
     ],
@@ -151,7 +160,8 @@ def test_optimizers_are_fairseqs(name, options, reference):
     model = nn.Linear(3, 2).double()
     copies = [parameter.detach().clone() for parameter in model.parameters()]
     starts = [copy.clone() for copy in copies]
-    settings = OmegaConf.create({"name": name, "lr": 0.05, "filter_bias_and_bn": False, **options})
+    chosen = {"name": name, "lr": 0.05, "filter_bias_and_bn": False, **options}
+    settings = validate(OptimizerSection, chosen)
     optimizer = build_optimizer(model, settings)
     if reference is FairseqNAG:
         options = {"momentum": 0.99}

@@ -12,7 +12,9 @@ from torch import nn
 from multimax import MultiMax
 from multimax.files import load_checkpoint
 from multimax.metrics import NormalizerRecorder
+from multimax.options import validate
 from multimax.tasks.base import Task
+from multimax.training.config import ScheduleSection, read_config
 from multimax.training.run import run
 from multimax.training.trainer import Trainer
 
@@ -95,6 +97,13 @@ def assert_same(got, expected, place="state"):
         assert got == expected, place
 
 
+def schedule(options):
+    """`config.schedule` from plain options, or as it is."""
+    if isinstance(options, ScheduleSection):
+        return options
+    return validate(ScheduleSection, options, "schedule.")
+
+
 class Batches:
     """A train loader over given batches, the same ones in each epoch."""
 
@@ -164,6 +173,6 @@ class Recorder:
 
 def build_trainer(folder, task, *overrides, precision="no"):
     """A trainer with a recorder as its only logger."""
-    config = tiny_config(folder, *overrides)
+    config = read_config(tiny_config(folder, *overrides))
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     return Trainer(task, config, folder, accelerator, [Recorder()], None)
