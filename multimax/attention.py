@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from multimax.functional import check_mask, eager_attention, repeat_heads, to_compute_precision
-from multimax.kernels import rows
+from multimax.kernels import c_rows
 from multimax.kernels.backend import check_backend, chosen_backend, use_backend
-from multimax.kernels.blockwise import blockwise_attention
+from multimax.kernels.c_attention import c_attention
 from multimax.normalizers import ModulatedSoftMax, Normalizer
 
 LARGEST_TRITON_HEAD = 128
@@ -93,7 +93,7 @@ def _choose(
         hooks = (normalizer._forward_pre_hooks, normalizer._forward_hooks)
         if any(hooks) or normalizer._backward_pre_hooks or normalizer._backward_hooks:
             return None
-        name = "triton" if query.device.type == "cuda" else "blockwise"
+        name = "triton" if query.device.type == "cuda" else "c"
         return None if _obstacle(name, query, key, value, normalizer) else _KERNELS[name]
     obstacle = _obstacle(name, query, key, value, normalizer)
     if obstacle:
@@ -109,8 +109,8 @@ def _obstacle(
         return f"{normalizer} is no SoftMax of scores with a modulator of order <= 2"
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}"
-    if name == "blockwise":
-        return rows.obstacle(query)
+    if name == "c":
+        return c_rows.obstacle(query)
     if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {query.device}, it runs on CUDA"
     widest = max(query.size(-1), value.size(-1))
@@ -128,7 +128,7 @@ def _triton(q, k, v, coefficients, mask, causal, dropout, scale) -> Tensor:
     return triton_attention(q, k, v, coefficients, mask, causal, dropout, scale)
 
 
-_KERNELS = {"blockwise": blockwise_attention, "triton": _triton}
+_KERNELS = {"c": c_attention, "triton": _triton}
 
 
 def _four_dimensions(

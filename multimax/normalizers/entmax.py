@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from multimax.functional import check_mask, masked_softmax, to_compute_precision
-from multimax.kernels import rows
+from multimax.kernels import c_rows
 from multimax.normalizers.base import Normalizer
 
 MAX_STEPS = 200  # a bound, not a setting: Newton needs about 10, bisection as many as it has bits
@@ -49,8 +49,8 @@ def entmax(
         check_alpha(alpha)
         if alpha == 1:
             return masked_softmax(x, dim, mask).to(scores.dtype)
-        if alpha in (1.5, 2) and rows.usable(x):
-            return rows.threshold(x, alpha == 1.5, dim, mask).to(scores.dtype)
+        if alpha in (1.5, 2) and c_rows.usable(x):
+            return c_rows.threshold(x, alpha == 1.5, dim, mask).to(scores.dtype)
     if mask is not None:
         x = x.masked_fill(~mask, -math.inf)
     return _EntMax.apply(x, alpha, dim).to(scores.dtype)
@@ -95,11 +95,11 @@ class _EntMax(torch.autograd.Function):
         grad_scores = slope * grad - share * (slope * grad).sum(ctx.dim, keepdim=True)
         grad_alpha = None
         if ctx.needs_input_grad[1]:
-            surprise = p * p.where(p > 0, 1.0).log()
-            total = surprise.sum(ctx.dim, keepdim=True)
+            p_log_p = p * p.where(p > 0, 1.0).log()
+            total = p_log_p.sum(ctx.dim, keepdim=True)
             a = alpha - 1
             d_alpha = (p - share * p.sum(ctx.dim, keepdim=True)) / (a * a)
-            d_alpha = d_alpha - (surprise - share * total) / a
+            d_alpha = d_alpha - (p_log_p - share * total) / a
             grad_alpha = (grad * d_alpha).sum_to_size(alpha.shape)
         return grad_scores, grad_alpha, None
 

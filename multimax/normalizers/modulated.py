@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from multimax.functional import check_mask, masked_softmax, to_compute_precision
-from multimax.kernels import rows
+from multimax.kernels import c_rows
 from multimax.normalizers.base import LogitNormalizer
 
 
@@ -55,7 +55,7 @@ class ModulatedSoftMax(LogitNormalizer):
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         check_mask(mask)
         x = to_compute_precision(scores)
-        if not (self.fusible and rows.usable(x)):
+        if not (self.fusible and c_rows.usable(x)):
             return masked_softmax(self.modulate(x), dim, mask).to(scores.dtype)
         coefficients = self.coefficients(x.dtype, x.device)
-        return rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)
+        return c_rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)

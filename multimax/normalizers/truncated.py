@@ -6,7 +6,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from multimax.functional import check_mask, masked_softmax, to_compute_precision
-from multimax.kernels import rows
+from multimax.kernels import c_rows
 from multimax.normalizers.base import LogitNormalizer
 
 
@@ -26,9 +26,9 @@ def truncated_softmax(
         scores = floored_logits(scores, keep, floor)
     else:
         mask = keep if mask is None else keep & mask
-    if rows.usable(scores):
+    if c_rows.usable(scores):
         identity = scores.new_tensor([1.0, 0.0])
-        return rows.modulated_softmax(scores, identity, dim, mask)
+        return c_rows.modulated_softmax(scores, identity, dim, mask)
     return masked_softmax(scores, dim, mask)
 
 

@@ -62,7 +62,7 @@ INLINE real sum_of(vector v) {
 }
 
 /* Rows of scores: outer x heads x queries of them, each with `columns` entries. Mirrored, as the
-   other structures, in compiled.py. */
+   other structures, in c_library.py. */
 typedef struct {
     int64_t outer, heads, queries, columns;
     const uint8_t *mask;                       /* 1: may receive mass; NULL: all may */

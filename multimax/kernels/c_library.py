@@ -103,7 +103,7 @@ def address(tensor: torch.Tensor) -> int:
 
 
 def unavailable() -> str | None:
-    """Why there are no compiled kernels, which is also warned of once; None if there are.
+    """Why there are no C kernels, which is also warned of once; None if there are.
 
     The first call compiles them if need be.
     """
@@ -175,10 +175,10 @@ def _compile(compiler: list[str], dtype: torch.dtype) -> Path:
         built = Path(folder) / "kernels.so"
         _run_compiler(compiler, [*macros, *units, "-o", str(built), "-lm"])
         content = built.read_bytes()
-    compiled = _cache() / f"{name}-{digest(content)}.so"
+    library = _cache() / f"{name}-{digest(content)}.so"
     remedy = "The kernels cannot be kept there: set XDG_CACHE_HOME to another folder"
-    write_atomically(compiled, lambda stream: stream.write(content), remedy, several_writers=True)
-    return compiled
+    write_atomically(library, lambda stream: stream.write(content), remedy, several_writers=True)
+    return library
 
 
 def _run_compiler(compiler: list[str], arguments: list[str]) -> None:
