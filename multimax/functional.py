@@ -134,8 +134,8 @@ def eager_attention(
     """The definition of `attention`, with its arguments; query and key have the same heads."""
     scores = (query * scale) @ key.transpose(-2, -1)
     if causal:
-        allowed = causal_mask(query.size(-2), key.size(-2), query.device)
-        mask = allowed if mask is None else mask & allowed
+        triangular_mask = causal_mask(query.size(-2), key.size(-2), query.device)
+        mask = triangular_mask if mask is None else mask & triangular_mask
     probabilities = normalizer(scores, mask=mask)
     return F.dropout(probabilities, dropout) @ value
 

@@ -157,7 +157,7 @@ class AdaptiveOutput(nn.Module):
                     TiedLinear(words, transpose=False),
                 )
             )
-        # All in one fork: `build_aside` one after the other would draw the same numbers for each.
+        # All in one fork: one `build_preserving_rng` after the other would draw the same numbers.
         with torch.random.fork_rng(devices=[]):
             self.normalizers = nn.ModuleList(build_normalizer(**normalizer) for _ in self.bands)
         self.register_buffer("version", torch.tensor([1]))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from multimax.functional import to_compute_precision
 from multimax.losses import linear_output_loss
-from multimax.normalizers import ModulatedSoftMax, Normalizer, build_aside
+from multimax.normalizers import ModulatedSoftMax, Normalizer, build_preserving_rng
 
 
 def word_embedding(size: int, embed_dim: int, padding_index: int | None) -> nn.Embedding:
@@ -42,7 +42,7 @@ class Output(nn.Module):
     ) -> None:
         super().__init__()
         self.weight, self.padding_index = weight, padding_index
-        self.normalizer = build_aside(normalizer)
+        self.normalizer = build_preserving_rng(normalizer)
 
     def scores(self, features: Tensor) -> Tensor:
         """Scores (..., words) of features (..., dim), before the normalizer."""

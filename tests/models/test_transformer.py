@@ -95,9 +95,9 @@ def test_positions_skip_padding_and_never_end():
         f(2 * math.exp(-math.log(10000) * i / 3)) for f in (math.sin, math.cos) for i in range(4)
     ]
     torch.testing.assert_close(embeddings[1, 0], torch.tensor(expected))
-    allowed = torch.ones(1, 3000, dtype=torch.bool)
-    assert torch.equal(positions(allowed, 3000)[:, :2], embeddings[1:, :2])
-    assert torch.equal(positions(allowed, 1), positions(allowed, 3000)[:, -1:])
+    token_mask = torch.ones(1, 3000, dtype=torch.bool)
+    assert torch.equal(positions(token_mask, 3000)[:, :2], embeddings[1:, :2])
+    assert torch.equal(positions(token_mask, 1), positions(token_mask, 3000)[:, -1:])
 
 
 @pytest.mark.parametrize("name", MAPPINGS)

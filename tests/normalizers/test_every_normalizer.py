@@ -79,10 +79,10 @@ def test_a_mask_is_the_same_as_leaving_entries_out(normalizer, scores, mask):
     probabilities = normalizer(scores, mask=mask)
     mask = mask.expand_as(scores)
     for row in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)).tolist():
-        allowed = mask[tuple(row)]
-        if allowed.any():
-            alone = normalizer(scores[tuple(row)][allowed])
-            torch.testing.assert_close(probabilities[tuple(row)][allowed], alone)
+        kept = mask[tuple(row)]
+        if kept.any():
+            alone = normalizer(scores[tuple(row)][kept])
+            torch.testing.assert_close(probabilities[tuple(row)][kept], alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -89,8 +89,7 @@ def install_normalizers(model: nn.Module, args: Any) -> None:
     with torch.random.fork_rng(devices=[]):
         for name, attention in attentions:
             place = "cross" if attention.encoder_decoder_attention else name.split(".")[0]
-            plain_incremental = mismatch and place == "decoder"
-            normalize_attention(attention, chosen[place], plain_incremental)
+            normalize_attention(attention, chosen[place], mismatch and place == "decoder")
             used[place] = chosen[place]
         normalize_output(model.decoder, chosen["output"])
         used["output"] = chosen["output"]
