@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from multimax.functional import check_mask, eager_attention, repeat_heads, to_co
 from multimax.kernels import c_rows
 from multimax.kernels.backend import check_backend, chosen_backend, use_backend
 from multimax.kernels.c_attention import c_attention
-from multimax.normalizers import ModulatedSoftMax, Normalizer
+from multimax.normalizers import Normalizer
 
 LARGEST_TRITON_HEAD = 128
 
@@ -65,7 +64,7 @@ def attention(
             return eager_attention(query, key, value, normalizer, mask, causal, dropout, scale)
     q, k, v, mask, leading = _four_dimensions(query, key, value, mask)
     dtype = to_compute_precision(query[:0]).dtype
-    coefficients = cast(ModulatedSoftMax, normalizer).coefficients(dtype, query.device)
+    coefficients = normalizer.coefficients(dtype, query.device)
     out = kernel(q, k, v, coefficients, mask, causal, dropout, scale)
     return out.reshape(*leading, *out.shape[-2:])
 
@@ -105,7 +104,7 @@ def _obstacle(
     name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: Normalizer
 ) -> str | None:
     """Why a kernel cannot compute an attention; None if it can."""
-    if not isinstance(normalizer, ModulatedSoftMax) or not normalizer.fusible:
+    if not normalizer.fusible:
         return f"{normalizer} is no SoftMax of scores with a modulator of order <= 2"
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}"

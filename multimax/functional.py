@@ -43,6 +43,14 @@ def masked_softmax(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
     return torch.softmax(scores.masked_fill(~mask, lowest), dim).masked_fill(~mask, 0.0)
 
 
+def masked_log_softmax(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+    """The logarithm of `masked_softmax`: -inf where `mask` is False."""
+    if mask is None:
+        return torch.log_softmax(scores, dim)
+    lowest = torch.finfo(scores.dtype).min
+    return torch.log_softmax(scores.masked_fill(~mask, lowest), dim).masked_fill(~mask, -torch.inf)
+
+
 def modulate(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
     """The modulator sigma of MultiMax, element by element.
 
@@ -110,7 +118,7 @@ def modulated_softmax(
 
     Args:
         scores: real, any shape, in compute precision.
-        coefficients: (2 + 4 N,), see `ModulatedSoftMax.coefficients`.
+        coefficients: (2 + 4 N,), see `Normalizer.coefficients`.
         dim: the dimension that sums to one.
         mask: bool, broadcastable to `scores`, or None.
     """

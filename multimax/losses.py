@@ -19,7 +19,7 @@ from multimax.kernels.linear_loss import (
     reference_step,
     triton_step,
 )
-from multimax.normalizers import EntMax, LogitNormalizer, ModulatedSoftMax, Normalizer, entmax
+from multimax.normalizers import EntMax, LogitNormalizer, Normalizer, entmax
 from multimax.normalizers.entmax import check_alpha
 
 
@@ -114,7 +114,7 @@ def _step(
     normalizer: Normalizer, features: Tensor, label_smoothing: float, ignore_index: int
 ) -> tuple[Step, Sequence[Tensor]]:
     """The loss of a chunk of rows, and the parameters that it gives gradients for."""
-    if isinstance(normalizer, ModulatedSoftMax) and normalizer.fusible:
+    if normalizer.fusible:
         dtype = torch.promote_types(features.dtype, torch.float32)
         coefficients = normalizer.coefficients(dtype, features.device)
         if obstacle(features) is None:

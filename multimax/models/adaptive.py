@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimax.losses import linear_output_loss, output_loss
-from multimax.models.output import normalized_log, word_embedding
+from multimax.models.output import word_embedding
 from multimax.normalizers import Normalizer, build_normalizer
 
 
@@ -166,6 +166,11 @@ class AdaptiveOutput(nn.Module):
         """Head and bands, each with its normalizer."""
         return list(zip([self.head, *self.tail], cast(Any, self.normalizers), strict=True))
 
+    @property
+    def sparse(self) -> bool:
+        """Whether a word can get no probability at all."""
+        return any(normalizer.sparse for _, normalizer in self._clusters())
+
     def probabilities(self, features: Tensor) -> Tensor:
         """Probabilities (..., words) of features (..., dim)."""
         head, *tails = [normalizer(part(features)) for part, normalizer in self._clusters()]
@@ -176,7 +181,7 @@ class AdaptiveOutput(nn.Module):
     def log_probabilities(self, features: Tensor) -> Tensor:
         """Logarithms of the probabilities, fp32 or wider; -inf for a word that has none."""
         head, *tails = [
-            normalized_log(normalizer, part(features)) for part, normalizer in self._clusters()
+            normalizer.log_probabilities(part(features)) for part, normalizer in self._clusters()
         ]
         words, bands = head.tensor_split([self.bands[0]], dim=-1)
         rare = [bands[..., band, None] + tail for band, tail in enumerate(tails)]

@@ -5,7 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from multimax.functional import check_mask, masked_softmax, to_compute_precision
+from multimax.functional import (
+    check_mask,
+    masked_log_softmax,
+    masked_softmax,
+    to_compute_precision,
+)
 from multimax.kernels import c_rows
 from multimax.normalizers.base import Normalizer
 
@@ -208,6 +213,18 @@ class EntMax(Normalizer):
 
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         return entmax(scores, self.broadcast_alpha(), dim, mask)
+
+    @property
+    def sparse(self) -> bool:
+        return self.fixed_alpha != 1
+
+    def log_probabilities(
+        self, scores: Tensor, dim: int = -1, mask: Tensor | None = None
+    ) -> Tensor:
+        if self.sparse:
+            return super().log_probabilities(scores, dim, mask)
+        check_mask(mask)
+        return masked_log_softmax(to_compute_precision(scores), dim, mask)
 
     def extra_repr(self) -> str:
         if self.fixed_alpha is not None:

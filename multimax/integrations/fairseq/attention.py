@@ -8,7 +8,7 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor
 
 from multimax.functional import masked_softmax, to_compute_precision
-from multimax.normalizers import ModulatedSoftMax, Normalizer, build_normalizer
+from multimax.normalizers import Normalizer, build_normalizer
 
 
 def normalize_attention(
@@ -49,9 +49,7 @@ class NormalizedAttention(MultiheadAttention):
 
     def apply_sparse_mask(self, attn_weights: Tensor, *_: Any) -> Tensor:
         """The scores that are masked next; fairseq calls this between QK^T and the masks."""
-        if isinstance(self.normalizer, ModulatedSoftMax) and not self._plain:
-            return self.normalizer.modulate(attn_weights)
-        return attn_weights
+        return attn_weights if self._plain else self.normalizer.modulate(attn_weights)
 
     def forward(
         self,
@@ -87,10 +85,13 @@ class NormalizedAttention(MultiheadAttention):
         """Probabilities, fp32 or wider, of masked scores (rows * heads, targets, sources)."""
         mask = scores != -torch.inf
         scores = to_compute_precision(scores)
-        if self._plain or isinstance(self.normalizer, ModulatedSoftMax):
+        if self._plain:
             return masked_softmax(scores, -1, mask)
         by_head = (rows, self.num_heads, *scores.shape[1:])
-        return self.normalizer(scores.view(by_head), mask=mask.view(by_head)).view(scores.shape)
+        probabilities = self.normalizer.normalize_modulated(
+            scores.view(by_head), mask=mask.view(by_head)
+        )
+        return probabilities.view(scores.shape)
 
     def _weighted_sum(self, probabilities: Tensor, values: Tensor, rows: int) -> Tensor:
         """(rows * heads, targets, head_dim), also where hypotheses share the values of a source."""

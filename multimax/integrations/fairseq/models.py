@@ -32,7 +32,8 @@ torch.serialization.add_safe_globals(SAFE_GLOBALS)
 
 ATTENTION_HELP = "normalizer of all attention, such as multimax, softmax or topk:k=100"
 OUTPUT_HELP = (
-    "normalizer of the output layer; sparsemax and entmax need --criterion multimax_output_loss"
+    "normalizer of the output layer; a sparse one (topk, sparsemax, entmax, evsoftmax) needs "
+    "--criterion multimax_output_loss"
 )
 MISMATCH_HELP = (
     "as the official code does, use plain SoftMax in incremental decoding and in cross-attention"
