@@ -202,7 +202,7 @@ int attention_forward(const Attention *a) {
 
 /* All queries of a share of the tiles, in every head that uses this key head. */
 static void backward_share(Space *s, const Attention *a, Modulator m, int64_t b, int64_t key_head,
-                          int64_t start, int64_t end, double *sums) {
+                           int64_t start, int64_t end, double *sums) {
     int64_t group = a->heads / a->key_heads;
     pack(s, a, b, key_head, 1);
     memset(s->d_key, 0, a->keys * s->dim * sizeof(real));
