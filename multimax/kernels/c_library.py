@@ -34,7 +34,7 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _STRIDES = ctypes.c_int64 * 3
-# The structures of csrc, which explains their fields.
+# The structures of csrc, which explains their fields; they are compared when it is loaded.
 Rows = _structure(
     "Rows",
     **dict.fromkeys(("outer", "heads", "queries", "columns"), _INT64),
@@ -61,8 +61,9 @@ Attention = _structure(
     **dict.fromkeys(("threads", "order"), _INT64),
     **dict.fromkeys(("coefficients", "sums"), _POINTER),
 )
+STRUCTURES = (Rows, Target, Attention)
 
-_ROWS, _TARGET, _ATTENTION = map(ctypes.POINTER, (Rows, Target, Attention))
+_ROWS, _TARGET, _ATTENTION = map(ctypes.POINTER, STRUCTURES)
 SIGNATURES = {
     "softmax_forward": [_ROWS, _INT, *[_POINTER] * 3],
     "softmax_backward": [_ROWS, _INT, *[_POINTER] * 6],
@@ -75,7 +76,7 @@ SIGNATURES = {
         *[_INT64] * 3,
         _INT,
         *[_POINTER] * 2,
-        ctypes.POINTER(Target),
+        _TARGET,
         *[_POINTER] * 2,
     ],
 }
@@ -138,7 +139,22 @@ def _library_or_reason(dtype: torch.dtype) -> ctypes.CDLL | str:
         return f"{shlex.join(compiler)} failed: {details.strip()[-500:]}"
     for name, arguments in SIGNATURES.items():
         getattr(library, name).argtypes = arguments
-    return library
+    return _mismatch(library) or library
+
+
+def _mismatch(library: ctypes.CDLL) -> str | None:
+    """A structure that is another one in the library, which would write anywhere; None if none."""
+    for structure in STRUCTURES:
+        layout = (ctypes.c_int64 * 2)()
+        getattr(library, f"layout_of_{structure.__name__}")(layout)
+        last, *_ = structure._fields_[-1]
+        expected = [ctypes.sizeof(structure), getattr(structure, last).offset]
+        if list(layout) != expected:
+            return (
+                f"structure {structure.__name__} has size and last offset {list(layout)} in csrc, "
+                f"but {expected} in c_library.py"
+            )
+    return None
 
 
 def _compiler() -> list[str] | None:

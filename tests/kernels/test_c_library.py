@@ -4,6 +4,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -153,6 +154,33 @@ def test_what_is_compiled_cannot_be_loaded(cache, compiler):
         'while [ "$1" != -o ]; do test $# = 1 && echo 1 && exit; shift; done; echo > "$2"; exit'
     )
     assert load().startswith(f"{script} failed: ")
+
+
+@needs_kernels
+@pytest.mark.parametrize("structure", c_library.STRUCTURES)
+@pytest.mark.parametrize("change", ["missing", "added", "wider", "last narrower"])
+def test_a_structure_that_is_another_one_in_c(monkeypatch, structure, change):
+    fields = dict(structure._fields_)
+    last = list(fields)[-1]
+    if change == "missing":
+        del fields[last]
+    elif change == "added":
+        fields["another"] = ctypes.c_int64
+    elif change == "wider":
+        fields[next(iter(fields))] = ctypes.c_int64 * 2
+    else:  # of the same size, but written elsewhere
+        del fields[last]
+        fields |= {"padding": ctypes.c_int32, last: ctypes.c_int32}
+    wrong = c_library._structure(structure.__name__, **fields)
+    monkeypatch.setattr(c_library, "STRUCTURES", (wrong,))
+    reason = load()
+    expected = rf"structure {structure.__name__} has size and last offset \[.*\] in csrc, but \["
+    assert re.match(expected, reason)
+    monkeypatch.setattr(c_library, "_library_or_reason", lambda dtype: reason)
+    with pytest.raises(RuntimeError, match=expected):
+        c_library.call(torch.float32, "softmax_forward")
+    with pytest.warns(UserWarning, match=expected):
+        assert c_library._warn_if_unavailable.__wrapped__() == reason
 
 
 @pytest.mark.parametrize("value", ["nowhere", "/nowhere/gcc -m64"])

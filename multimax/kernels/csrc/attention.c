@@ -28,6 +28,8 @@ typedef struct {
     double *sums; /* gradients of the coefficients, or NULL */
 } Attention;
 
+LAYOUT(Attention, sums)
+
 /* What a thread works with. Widths are padded to whole tiles of the matrix product. */
 typedef struct {
     int64_t tile, width, dim, value_dim;
