@@ -35,19 +35,19 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _STRIDES = ctypes.c_int64 * 3
 # The structures of csrc, which explains their fields; they are compared when it is loaded.
-Rows = _structure(
+Rows: type[ctypes.Structure] = _structure(
     "Rows",
     **dict.fromkeys(("outer", "heads", "queries", "columns"), _INT64),
     mask=_POINTER,
     **dict.fromkeys(("mask_outer", "mask_head", "mask_query", "threads"), _INT64),
 )
-Target = _structure(
+Target: type[ctypes.Structure] = _structure(
     "Target",
     **dict.fromkeys(("target", "soft", "weight"), _POINTER),
     smoothing=ctypes.c_double,
     **dict.fromkeys(("ignored", "gradient"), _INT64),
 )
-Attention = _structure(
+Attention: type[ctypes.Structure] = _structure(
     "Attention",
     **dict.fromkeys(("batch", "heads", "key_heads", "queries", "keys", "dim", "value_dim"), _INT64),
     **dict.fromkeys(("query", "key", "value", "out", "d_out"), _POINTER),
@@ -61,10 +61,10 @@ Attention = _structure(
     **dict.fromkeys(("threads", "order"), _INT64),
     **dict.fromkeys(("coefficients", "sums"), _POINTER),
 )
-STRUCTURES = (Rows, Target, Attention)
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (Rows, Target, Attention)
 
 _ROWS, _TARGET, _ATTENTION = map(ctypes.POINTER, STRUCTURES)
-SIGNATURES = {
+SIGNATURES: dict[str, list[Any]] = {
     "softmax_forward": [_ROWS, _INT, *[_POINTER] * 3],
     "softmax_backward": [_ROWS, _INT, *[_POINTER] * 6],
     "threshold_forward": [_ROWS, _INT, *[_POINTER] * 2],

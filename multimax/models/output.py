@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimax.losses import linear_output_loss
-from multimax.normalizers import build_preserving_rng
+from multimax.normalizers import Normalizer, build_preserving_rng
 
 
 def word_embedding(size: int, embed_dim: int, padding_index: int | None) -> nn.Embedding:
@@ -32,8 +32,9 @@ class Output(nn.Module):
         self, weight: nn.Parameter, normalizer: Mapping[str, Any], padding_index: int
     ) -> None:
         super().__init__()
-        self.weight, self.padding_index = weight, padding_index
-        self.normalizer = build_preserving_rng(normalizer)
+        self.weight = weight
+        self.padding_index = padding_index
+        self.normalizer: Normalizer = build_preserving_rng(normalizer)
 
     @property
     def sparse(self) -> bool:

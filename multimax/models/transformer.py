@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
             embed_tokens = AdaptiveInput(
                 vocabulary_size, adaptive_cutoffs, embed_dim, adaptive_factor, padding_index
             )
-        self.decoder = Decoder(
+        self.decoder: Decoder = Decoder(
             embed_tokens,
             output,
             tie_embeddings,
@@ -241,7 +241,7 @@ class TranslationModel(nn.Module):
             dropout=dropout,
             activation_dropout=activation_dropout,
         )
-        self.encoder = Encoder(
+        self.encoder: Encoder = Encoder(
             word_embedding(source_vocabulary_size, embed_dim, padding_index),
             source_vocabulary_size,
             padding_index,
@@ -249,7 +249,7 @@ class TranslationModel(nn.Module):
             pre_norm,
             layer | dict(self_attention=attend(encoder_attention), cross_attention=None),
         )
-        self.decoder = Decoder(
+        self.decoder: Decoder = Decoder(
             word_embedding(target_vocabulary_size, embed_dim, padding_index),
             output,
             tie_embeddings,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimax.attention import attention
-from multimax.normalizers import SoftMax, build_preserving_rng
+from multimax.normalizers import Normalizer, SoftMax, build_preserving_rng
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -28,7 +28,8 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, embed_dim: int, padding_index: int) -> None:
         super().__init__()
-        self.embed_dim, self.padding_index = embed_dim, padding_index
+        self.embed_dim = embed_dim
+        self.padding_index = padding_index
         # No buffer: its size would differ between processes, which DDP does not allow.
         self._table = torch.empty(0, embed_dim)
         self.register_load_state_dict_pre_hook(_drop_position_tables)
@@ -88,16 +89,17 @@ class MultiheadAttention(nn.Module):
         official_mismatch: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.q_proj = nn.Linear(embed_dim, embed_dim)
-        self.k_proj = nn.Linear(embed_dim, embed_dim)
-        self.v_proj = nn.Linear(embed_dim, embed_dim)
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.q_proj: nn.Linear = nn.Linear(embed_dim, embed_dim)
+        self.k_proj: nn.Linear = nn.Linear(embed_dim, embed_dim)
+        self.v_proj: nn.Linear = nn.Linear(embed_dim, embed_dim)
+        self.out_proj: nn.Linear = nn.Linear(embed_dim, embed_dim)
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
-        self.normalizer = build_preserving_rng(normalizer)
+        self.normalizer: Normalizer = build_preserving_rng(normalizer)
         self.official_mismatch = official_mismatch
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -171,17 +173,19 @@ class TransformerLayer(nn.Module):
         activation_dropout: float,
     ) -> None:
         super().__init__()
-        self.pre_norm, self.dropout = pre_norm, dropout
+        self.pre_norm = pre_norm
+        self.dropout = dropout
         self.activation_dropout = activation_dropout
-        self.self_attn = MultiheadAttention(embed_dim, **self_attention)
-        self.self_attn_layer_norm = nn.LayerNorm(embed_dim)
-        self.encoder_attn = self.encoder_attn_layer_norm = None
+        self.self_attn: MultiheadAttention = MultiheadAttention(embed_dim, **self_attention)
+        self.self_attn_layer_norm: nn.LayerNorm = nn.LayerNorm(embed_dim)
+        self.encoder_attn: MultiheadAttention | None = None
+        self.encoder_attn_layer_norm: nn.LayerNorm | None = None
         if cross_attention is not None:
             self.encoder_attn = MultiheadAttention(embed_dim, **cross_attention)
             self.encoder_attn_layer_norm = nn.LayerNorm(embed_dim)
-        self.fc1 = nn.Linear(embed_dim, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, embed_dim)
-        self.final_layer_norm = nn.LayerNorm(embed_dim)
+        self.fc1: nn.Linear = nn.Linear(embed_dim, ffn_dim)
+        self.fc2: nn.Linear = nn.Linear(ffn_dim, embed_dim)
+        self.final_layer_norm: nn.LayerNorm = nn.LayerNorm(embed_dim)
 
     def forward(
         self,

@@ -50,7 +50,7 @@ class Cache:
     ) -> None:
         self.past: list[KeysValues | None] = [None] * depth
         self.token_mask: Tensor | None = None
-        self.source_keys_values = list(source_keys_values)
+        self.source_keys_values: list[KeysValues] = list(source_keys_values)
         self.source_mask = source_mask
 
     def extend(self, layer: int, new: KeysValues) -> KeysValues:
@@ -100,13 +100,18 @@ class Stack(nn.Module):
         layer: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        self.vocabulary_size, self.padding_index = vocabulary_size, padding_index
-        self.embed_dim, self.dropout = layer["embed_dim"], layer["dropout"]
+        self.vocabulary_size = vocabulary_size
+        self.padding_index = padding_index
+        self.embed_dim: int = layer["embed_dim"]
+        self.dropout: float = layer["dropout"]
         self.register_buffer("version", torch.tensor([3.0]))  # of fairseq's checkpoints
         self.embed_tokens = embed_tokens
-        self.embed_positions = SinusoidalPositions(self.embed_dim, padding_index)
-        self.layers = nn.ModuleList(TransformerLayer(**layer) for _ in range(depth))
-        self.layer_norm = nn.LayerNorm(self.embed_dim) if final_norm else None
+        self.embed_positions: SinusoidalPositions = SinusoidalPositions(
+            self.embed_dim, padding_index
+        )
+        layers = [TransformerLayer(**layer) for _ in range(depth)]
+        self.layers: nn.ModuleList = nn.ModuleList(layers)
+        self.layer_norm: nn.LayerNorm | None = nn.LayerNorm(self.embed_dim) if final_norm else None
 
     def embed(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """(rows, tokens, dim) scaled embeddings plus positions.
@@ -158,7 +163,8 @@ class Decoder(Stack):
         **options: Any,
     ) -> None:
         super().__init__(embed_tokens, **options)
-        self.adaptive_softmax = self.output_projection = None
+        self.adaptive_softmax: AdaptiveOutput | None = None
+        self.output_projection: Output | None = None
         if isinstance(embed_tokens, AdaptiveInput):
             if not tie_embeddings:
                 raise ValueError(

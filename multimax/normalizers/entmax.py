@@ -192,10 +192,10 @@ class EntMax(Normalizer):
             raise ValueError(f"heads={heads} needs learned=True and heads >= 1")
         if learned and not 1 < alpha < 2:
             raise ValueError(f"a learned alpha must start inside (1, 2), got {alpha}")
-        self.fixed_alpha = None if learned else float(alpha)
+        self.fixed_alpha: float | None = None if learned else float(alpha)
         self.heads = heads
         if learned:
-            self.alpha_logit = nn.Parameter(
+            self.alpha_logit: nn.Parameter = nn.Parameter(
                 torch.full((heads or 1,), math.log((alpha - 1) / (2 - alpha)))
             )
 

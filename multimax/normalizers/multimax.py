@@ -72,12 +72,12 @@ class MultiMax(ModulatedSoftMax):
         if init not in ("paper", "identity"):
             raise ValueError(f"init must be 'paper' or 'identity', got {init!r}")
         self.init = init
-        self.ts = nn.Parameter(torch.empty(2 * order))
-        self.ranges = nn.Parameter(torch.empty(2 * order))
+        self.ts: nn.Parameter = nn.Parameter(torch.empty(2 * order))
+        self.ranges: nn.Parameter = nn.Parameter(torch.empty(2 * order))
         self.affine = affine
         if affine:
-            self.scale = nn.Parameter(torch.empty(1))
-            self.shift = nn.Parameter(torch.empty(1))
+            self.scale: nn.Parameter = nn.Parameter(torch.empty(1))
+            self.shift: nn.Parameter = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

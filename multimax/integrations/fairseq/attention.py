@@ -58,7 +58,7 @@ class NormalizedAttention(MultiheadAttention):
         value: Tensor | None,
         need_weights: bool = True,
         need_head_weights: bool = False,
-        incremental_state: dict | None = None,
+        incremental_state: dict[str, Any] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and results are those of the stock module."""

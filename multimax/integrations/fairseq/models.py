@@ -25,7 +25,7 @@ from multimax.integrations.fairseq.output import decoder_output, has_likelihood,
 from multimax.integrations.fairseq.safe_globals import SAFE_GLOBALS
 from multimax.integrations.fairseq.specification import format_normalizer, parse_normalizer
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # fairseq loads with torch's defaults, which refuse its own checkpoints of translation models.
 torch.serialization.add_safe_globals(SAFE_GLOBALS)
@@ -62,7 +62,7 @@ class NormalizedModel:
         return model
 
     def get_normalized_probs(
-        self, net_output: tuple, log_probs: bool, sample: dict[str, Tensor] | None = None
+        self, net_output: tuple[Any, ...], log_probs: bool, sample: dict[str, Tensor] | None = None
     ) -> Tensor:
         """As the stock method.
 
@@ -148,9 +148,9 @@ class MultiMaxTranslationModel(NormalizedModel, TransformerModel):
         parser.add_argument("--official-mismatch", action="store_true", help=MISMATCH_HELP)
 
 
-for stock in ("transformer_lm", "transformer"):
-    for architecture in ARCH_MODEL_INV_REGISTRY[stock]:
-        if f"multimax_{architecture}" not in ARCH_CONFIG_REGISTRY:
-            register_model_architecture(f"multimax_{stock}", f"multimax_{architecture}")(
-                ARCH_CONFIG_REGISTRY[architecture]
+for _stock in ("transformer_lm", "transformer"):
+    for _architecture in ARCH_MODEL_INV_REGISTRY[_stock]:
+        if f"multimax_{_architecture}" not in ARCH_CONFIG_REGISTRY:
+            register_model_architecture(f"multimax_{_stock}", f"multimax_{_architecture}")(
+                ARCH_CONFIG_REGISTRY[_architecture]
             )

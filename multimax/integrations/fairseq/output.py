@@ -109,7 +109,7 @@ class NormalizedAdaptiveSoftmax(AdaptiveSoftmax):
 
     normalizers: nn.ModuleList
 
-    def forward(self, input: Tensor, target: Tensor) -> tuple[list, list]:
+    def forward(self, input: Tensor, target: Tensor) -> tuple[list[Any], list[Any]]:
         """Logits and targets of the head and the bands; None for a band without a target."""
         _refuse_likelihood(self.normalizers[0])
         scores, targets = super().forward(input, target)
