@@ -5,16 +5,15 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from multimax.functional import check_mask, eager_attention, repeat_heads, to_compute_precision
-from multimax.kernels import rows
+from multimax.kernels import c_rows
 from multimax.kernels.backend import check_backend, chosen_backend, use_backend
-from multimax.kernels.blockwise import blockwise_attention
-from multimax.normalizers import ModulatedSoftMax, Normalizer
+from multimax.kernels.c_attention import c_attention
+from multimax.normalizers import Normalizer
 
 LARGEST_TRITON_HEAD = 128
 
@@ -65,7 +64,7 @@ def attention(
             return eager_attention(query, key, value, normalizer, mask, causal, dropout, scale)
     q, k, v, mask, leading = _four_dimensions(query, key, value, mask)
     dtype = to_compute_precision(query[:0]).dtype
-    coefficients = cast(ModulatedSoftMax, normalizer).coefficients(dtype, query.device)
+    coefficients = normalizer.coefficients(dtype, query.device)
     out = kernel(q, k, v, coefficients, mask, causal, dropout, scale)
     return out.reshape(*leading, *out.shape[-2:])
 
@@ -93,7 +92,7 @@ def _choose(
         hooks = (normalizer._forward_pre_hooks, normalizer._forward_hooks)
         if any(hooks) or normalizer._backward_pre_hooks or normalizer._backward_hooks:
             return None
-        name = "triton" if query.device.type == "cuda" else "blockwise"
+        name = "triton" if query.device.type == "cuda" else "c"
         return None if _obstacle(name, query, key, value, normalizer) else _KERNELS[name]
     obstacle = _obstacle(name, query, key, value, normalizer)
     if obstacle:
@@ -105,12 +104,12 @@ def _obstacle(
     name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: Normalizer
 ) -> str | None:
     """Why a kernel cannot compute an attention; None if it can."""
-    if not isinstance(normalizer, ModulatedSoftMax) or not normalizer.fusible:
+    if not normalizer.fusible:
         return f"{normalizer} is no SoftMax of scores with a modulator of order <= 2"
     if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}"
-    if name == "blockwise":
-        return rows.obstacle(query)
+    if name == "c":
+        return c_rows.obstacle(query)
     if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {query.device}, it runs on CUDA"
     widest = max(query.size(-1), value.size(-1))
@@ -128,7 +127,7 @@ def _triton(q, k, v, coefficients, mask, causal, dropout, scale) -> Tensor:
     return triton_attention(q, k, v, coefficients, mask, causal, dropout, scale)
 
 
-_KERNELS = {"blockwise": blockwise_attention, "triton": _triton}
+_KERNELS = {"c": c_attention, "triton": _triton}
 
 
 def _four_dimensions(

@@ -43,6 +43,14 @@ def masked_softmax(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
     return torch.softmax(scores.masked_fill(~mask, lowest), dim).masked_fill(~mask, 0.0)
 
 
+def masked_log_softmax(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+    """The logarithm of `masked_softmax`: -inf where `mask` is False."""
+    if mask is None:
+        return torch.log_softmax(scores, dim)
+    lowest = torch.finfo(scores.dtype).min
+    return torch.log_softmax(scores.masked_fill(~mask, lowest), dim).masked_fill(~mask, -torch.inf)
+
+
 def modulate(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
     """The modulator sigma of MultiMax, element by element.
 
@@ -110,7 +118,7 @@ def modulated_softmax(
 
     Args:
         scores: real, any shape, in compute precision.
-        coefficients: (2 + 4 N,), see `ModulatedSoftMax.coefficients`.
+        coefficients: (2 + 4 N,), see `Normalizer.coefficients`.
         dim: the dimension that sums to one.
         mask: bool, broadcastable to `scores`, or None.
     """
@@ -134,8 +142,8 @@ def eager_attention(
     """The definition of `attention`, with its arguments; query and key have the same heads."""
     scores = (query * scale) @ key.transpose(-2, -1)
     if causal:
-        allowed = causal_mask(query.size(-2), key.size(-2), query.device)
-        mask = allowed if mask is None else mask & allowed
+        triangular_mask = causal_mask(query.size(-2), key.size(-2), query.device)
+        mask = triangular_mask if mask is None else mask & triangular_mask
     probabilities = normalizer(scores, mask=mask)
     return F.dropout(probabilities, dropout) @ value
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multimax.functional import to_compute_precision
 from multimax.kernels.backend import chosen_backend
+from multimax.kernels.c_rows import obstacle
 from multimax.kernels.linear_loss import (
     Step,
     linear_loss,
@@ -18,8 +19,7 @@ from multimax.kernels.linear_loss import (
     reference_step,
     triton_step,
 )
-from multimax.kernels.rows import obstacle
-from multimax.normalizers import EntMax, LogitNormalizer, ModulatedSoftMax, Normalizer, entmax
+from multimax.normalizers import EntMax, LogitNormalizer, Normalizer, entmax
 from multimax.normalizers.entmax import check_alpha
 
 
@@ -114,7 +114,7 @@ def _step(
     normalizer: Normalizer, features: Tensor, label_smoothing: float, ignore_index: int
 ) -> tuple[Step, Sequence[Tensor]]:
     """The loss of a chunk of rows, and the parameters that it gives gradients for."""
-    if isinstance(normalizer, ModulatedSoftMax) and normalizer.fusible:
+    if normalizer.fusible:
         dtype = torch.promote_types(features.dtype, torch.float32)
         coefficients = normalizer.coefficients(dtype, features.device)
         if obstacle(features) is None:
@@ -375,5 +375,5 @@ def _entropy_slope(p: Tensor, alpha: Tensor) -> Tensor:
     """d `_entropy` / d alpha."""
     log_p = p.where(p > 0, 1.0).log()
     product = alpha * (alpha - 1)
-    surprise = -p * log_p * torch.exp((alpha - 1) * log_p)
-    return (surprise - (2 * alpha - 1) * _entropy(p, alpha)) / product
+    power_slope = -p * log_p * torch.exp((alpha - 1) * log_p)  # d(-p^alpha) / d alpha
+    return (power_slope - (2 * alpha - 1) * _entropy(p, alpha)) / product

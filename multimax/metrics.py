@@ -41,10 +41,10 @@ def multi_modality(
 
     Source: Zhou et al., MultiMax, ICML 2024, Definition 1.
     """
-    p, x, allowed = _prepare(probabilities, scores, mask)
-    largest_score = x.where(allowed, -math.inf).amax(dim, keepdim=True)
-    largest = p.where(allowed, 0.0).amax(dim, keepdim=True)
-    relevant = allowed & (x > threshold) & (x < largest_score)
+    p, x, mask = _prepare(probabilities, scores, mask)
+    largest_score = x.where(mask, -math.inf).amax(dim, keepdim=True)
+    largest = p.where(mask, 0.0).amax(dim, keepdim=True)
+    relevant = mask & (x > threshold) & (x < largest_score)
     return 1 - _mean(largest - p, relevant, dim)
 
 
@@ -79,11 +79,11 @@ def sparsity(
 
     Source: Zhou et al., MultiMax, ICML 2024, Definition 2.
     """
-    p, x, allowed = _prepare(probabilities, scores, mask)
+    p, x, mask = _prepare(probabilities, scores, mask)
     # A reference that underflows to 0 still tells exact zeros (1) from all else (0).
     reference = torch.as_tensor(reference, dtype=p.dtype, device=p.device)
     closeness = torch.exp(-p / reference.clamp_min(torch.finfo(p.dtype).tiny))
-    return _mean(closeness, allowed & (x < threshold), dim)
+    return _mean(closeness, mask & (x < threshold), dim)
 
 
 def mean_of_defined(values: Tensor) -> tuple[float, int]:
@@ -104,14 +104,14 @@ def softmax_reference(scores: Tensor, dim: int = -1, mask: Tensor | None = None)
     Raises:
         ValueError: `mask` is not boolean.
     """
-    p, _, allowed = _prepare(softmax(to_compute_precision(scores), dim, mask), scores, mask)
-    return p.where(allowed, 1.0).amin(dim, keepdim=True)
+    p, _, mask = _prepare(softmax(to_compute_precision(scores), dim, mask), scores, mask)
+    return p.where(mask, 1.0).amin(dim, keepdim=True)
 
 
 def row_mean(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
     """The mean of each row's allowed scores, a threshold; `dim` is kept with size 1."""
-    _, x, allowed = _prepare(scores, scores, mask)
-    return _mean(x, allowed, dim).unsqueeze(dim)
+    _, x, mask = _prepare(scores, scores, mask)
+    return _mean(x, mask, dim).unsqueeze(dim)
 
 
 def entropy(probabilities: Tensor, dim: int = -1) -> Tensor:
@@ -260,9 +260,9 @@ def _measure(module, probabilities, scores, dim, mask) -> dict[str, Tensor]:
 
 def _decreasing(module: MultiMax, scores: Tensor, mask: Tensor | None) -> Tensor:
     """1 where the modulator decreases, 0 where not, NaN where masked."""
-    _, x, allowed = _prepare(scores, scores, mask)
+    _, x, mask = _prepare(scores, scores, mask)
     with torch.no_grad():
-        return (module.derivative(x) < 0).to(x.dtype).masked_fill(~allowed, math.nan)
+        return (module.derivative(x) < 0).to(x.dtype).masked_fill(~mask, math.nan)
 
 
 def _prepare(probabilities: Tensor, scores: Tensor, mask: Tensor | None):
@@ -273,12 +273,10 @@ def _prepare(probabilities: Tensor, scores: Tensor, mask: Tensor | None):
             f"probabilities and scores must have one shape, got {tuple(probabilities.shape)} and "
             f"{tuple(scores.shape)}"
         )
-    allowed = torch.ones((), dtype=torch.bool, device=scores.device) if mask is None else mask
-    return (
-        to_compute_precision(probabilities),
-        to_compute_precision(scores),
-        allowed.expand(scores.shape),
-    )
+    if mask is None:
+        mask = torch.ones((), dtype=torch.bool, device=scores.device)
+    p, x = to_compute_precision(probabilities), to_compute_precision(scores)
+    return p, x, mask.expand(scores.shape)
 
 
 def _mean(values: Tensor, selected: Tensor, dim: int) -> Tensor:

@@ -28,9 +28,9 @@ def mask(_seed):
 def test_softmax_is_scaled_dot_product_attention(qkv, mask, scale, causal, masked):
     # Two more keys than queries: the first query sees keys 0, 1, 2 and the last sees all.
     seen = torch.arange(7) <= torch.arange(5)[:, None] + 2
-    allowed = {(0, 0): None, (0, 1): seen, (1, 0): mask, (1, 1): mask & seen}[masked, causal]
+    attended = {(0, 0): None, (0, 1): seen, (1, 0): mask, (1, 1): mask & seen}[masked, causal]
     output = attention(*qkv, SoftMax(), mask if masked else None, causal, scale=scale)
-    expected = F.scaled_dot_product_attention(*qkv, attn_mask=allowed, scale=scale)
+    expected = F.scaled_dot_product_attention(*qkv, attn_mask=attended, scale=scale)
     torch.testing.assert_close(output, expected)
     vector = torch.randn_like(output)
     gradients = [torch.autograd.grad((o * vector).sum(), qkv) for o in (output, expected)]

@@ -219,16 +219,16 @@ def test_recorder_accumulates_over_batches(scores, mask):
         "sparsemax": (sparsemax(scores, 2, mask), 2, mask),
         "inner.multimax": (model.inner["multimax"](scores, mask=mask), -1, mask),
     }
-    for name, (p, dim, allowed) in cases.items():
-        eps, s = row_mean(scores, dim, allowed), softmax_reference(scores, dim, allowed)
+    for name, (p, dim, mask) in cases.items():
+        eps, s = row_mean(scores, dim, mask), softmax_reference(scores, dim, mask)
         left_out = torch.zeros_like(eps.squeeze(dim), dtype=torch.bool)
-        if allowed is not None:
-            left_out = ~allowed.any(dim)
+        if mask is not None:
+            left_out = ~mask.any(dim)
         expected = {
             "entropy": entropy(p, dim).masked_fill(left_out, math.nan),
             "support_size": support_size(p, dim).double().masked_fill(left_out, math.nan),
-            "sparsity": sparsity(p, scores, eps, s, dim, allowed),
-            "multi_modality": multi_modality(p, scores, eps, dim, allowed),
+            "sparsity": sparsity(p, scores, eps, s, dim, mask),
+            "multi_modality": multi_modality(p, scores, eps, dim, mask),
         }
         for measure, values in expected.items():
             mean, count = mean_of_defined(values)

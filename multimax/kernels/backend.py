@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-BACKENDS = ("auto", "eager", "blockwise", "triton")
+BACKENDS = ("auto", "eager", "c", "triton")
 
 _chosen = "auto"
 
@@ -20,7 +20,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: "auto" takes the fastest that the device, the shapes and the normalizer allow;
-            "eager" is the definition, in plain torch operations; "blockwise" (CPU) and "triton"
+            "eager" is the definition, in plain torch operations; "c" (CPU) and "triton"
             (CUDA) are the attention kernels, for normalizers that are SoftMax of modulated scores.
             A kernel that is asked for by name raises ValueError where it cannot run.
     """

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimax.kernels import compiled
-from multimax.kernels.rows import order_of
+from multimax.kernels import c_library
+from multimax.kernels.c_rows import order_of
 
 LEAST_ROWS = 128  # of a chunk: the gradient of the weight is read and written once per chunk
 LEAST_SCORES = 2**22  # of a chunk, 16 MiB in fp32
@@ -135,7 +135,7 @@ def _accumulate(
 
 
 def modulated_step(coefficients: Tensor, label_smoothing: float, ignore_index: int) -> Step:
-    """Cross-entropy of modulated scores by the compiled kernels; its parameter is `coefficients`.
+    """Cross-entropy of modulated scores by the C kernels; its parameter is `coefficients`.
 
     Args:
         coefficients: (2 + 4 N,), `[scale, shift, ts, ranges]`, on the CPU.
@@ -150,7 +150,7 @@ def modulated_step(coefficients: Tensor, label_smoothing: float, ignore_index: i
         of_scores = c.to(scores.dtype)
         soft = target.is_floating_point()
         target = (target.to(scores.dtype) if soft else target).contiguous()
-        description = compiled.Target(
+        description = c_library.Target(
             smoothing=label_smoothing, ignored=ignore_index, gradient=gradient
         )
         setattr(description, "soft" if soft else "target", target.data_ptr())
@@ -159,7 +159,9 @@ def modulated_step(coefficients: Tensor, label_smoothing: float, ignore_index: i
             description.weight = weight.data_ptr()
         shape = (*scores.shape, torch.get_num_threads())
         arguments = (order_of(c), of_scores, scores, description, losses)
-        compiled.call(scores.dtype, "cross_entropy", *shape, *arguments, sums if gradient else None)
+        c_library.call(
+            scores.dtype, "cross_entropy", *shape, *arguments, sums if gradient else None
+        )
         return losses, scores if gradient else None, [sums]
 
     return step

@@ -26,9 +26,9 @@ from multimax.kernels.triton_modulation import (
     zero_sums,
 )
 from multimax.kernels.triton_tiles import (
-    allowed_pairs,
     dropout_factor,
     load_tile,
+    mask_of_tile,
     of_head,
     place_of_program,
     store_tile,
@@ -76,10 +76,10 @@ def attention_forward(
         v = load_tile(value, start, keys, block_keys, dim, width)
         scores = tl.dot(q, tl.trans(k), input_precision=precision)
         modulated, _ = modulate(scores, c, order)
-        allowed = allowed_pairs(
+        tile_mask = mask_of_tile(
             mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
         )
-        modulated = tl.where(allowed, modulated, float("-inf"))
+        modulated = tl.where(tile_mask, modulated, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(modulated, 1))
         # A row that has seen nothing allowed has the maximum -inf, and -inf - -inf is NaN.
         anchor = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -104,16 +104,16 @@ def attention_forward(
 
 
 @triton.jit
-def _backward_tile(scores, allowed, logsumexp, delta, gradient, factor, c, order: tl.constexpr):
+def _backward_tile(scores, tile_mask, logsumexp, delta, gradient, factor, c, order: tl.constexpr):
     """Of a tile: P, the gradient by the modulated scores, d sigma / d x, the scores.
 
     `gradient` is output_gradient value^T. A score that is not allowed may overflow when it is
     modulated: it is replaced before, and what comes of it after.
     """
-    scores = tl.where(allowed, scores, 0.0)
+    scores = tl.where(tile_mask, scores, 0.0)
     modulated, slope = modulate(scores, c, order)
-    probabilities = tl.where(allowed, tl.exp(modulated - logsumexp), 0.0)
-    gradient = tl.where(allowed, probabilities * (gradient * factor - delta), 0.0)
+    probabilities = tl.where(tile_mask, tl.exp(modulated - logsumexp), 0.0)
+    gradient = tl.where(tile_mask, probabilities * (gradient * factor - delta), 0.0)
     return probabilities, gradient, slope, scores
 
 
@@ -176,14 +176,14 @@ def attention_backward_query(
         v = load_tile(value, start, keys, block_keys, dim, width)
         scores = tl.dot(q, tl.trans(k), input_precision=precision)
         gradient = tl.dot(do, tl.trans(v), input_precision=precision)
-        allowed = allowed_pairs(
+        tile_mask = mask_of_tile(
             mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
         )
         factor = 1.0
         if dropout is not None:
             factor = dropout_factor(seed, dropout, row, first + i, start + j, queries, keys, dtype)
         probabilities, gradient, slope, scores = _backward_tile(
-            scores, allowed, lse[:, None], d[:, None], gradient, factor, c, order
+            scores, tile_mask, lse[:, None], d[:, None], gradient, factor, c, order
         )
         if coefficient_gradient is not None:
             sums = add_to_sums(sums, gradient, scores, slope, c, order)
@@ -252,7 +252,7 @@ def attention_backward_key_value(
             d = tl.load(delta + row * queries + rows, mask=rows < queries, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision=precision)
             gradient = tl.dot(v, tl.trans(do), input_precision=precision)
-            allowed = allowed_pairs(
+            tile_mask = mask_of_tile(
                 mask, batch, head, start, first, i, j, queries, keys, causal, mask_by_query
             )
             factor = 1.0
@@ -261,7 +261,7 @@ def attention_backward_key_value(
                     seed, dropout, row, start + i, first + j, queries, keys, dtype
                 )
             probabilities, gradient, slope, _ = _backward_tile(
-                scores, allowed, lse[None, :], d[None, :], gradient, factor, c, order
+                scores, tile_mask, lse[None, :], d[None, :], gradient, factor, c, order
             )
             dv += tl.dot((probabilities * factor).to(do.dtype), do, input_precision=precision)
             dk += tl.dot((gradient * slope).to(q.dtype), q, input_precision=precision)

@@ -59,7 +59,7 @@ def store_tile(
 
 
 @triton.jit
-def allowed_pairs(
+def mask_of_tile(
     mask,
     batch,
     head,
@@ -78,7 +78,7 @@ def allowed_pairs(
     is, only one row is read. Else the memory of its rows goes on to a multiple of 16 keys.
     """
     query_id, key_id = first_query + query, first_key + key
-    allowed = (query_id < queries) & (key_id < keys)
+    tile_mask = (query_id < queries) & (key_id < keys)
     if mask is not None:
         start, query_stride, key_stride = of_head(mask, batch, head)
         pointers = start + tl.cast(first_key, tl.int64) * key_stride + key * key_stride
@@ -88,10 +88,10 @@ def allowed_pairs(
             inside = tl.load(pointers, mask=readable, other=0)
         else:
             inside = tl.load(pointers, mask=key_id < keys, other=0)
-        allowed = allowed & (inside != 0)
+        tile_mask = tile_mask & (inside != 0)
     if causal:
-        allowed = allowed & (key_id <= query_id + (keys - queries))
-    return allowed
+        tile_mask = tile_mask & (key_id <= query_id + (keys - queries))
+    return tile_mask
 
 
 @triton.jit

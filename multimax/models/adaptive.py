@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimax.losses import linear_output_loss, output_loss
-from multimax.models.output import normalized_log, word_embedding
+from multimax.models.output import word_embedding
 from multimax.normalizers import Normalizer, build_normalizer
 
 
@@ -41,9 +41,11 @@ class AdaptiveInput(nn.Module):
         padding_index: int,
     ) -> None:
         super().__init__()
-        self.bands = [*cutoffs] if vocabulary_size in cutoffs else [*cutoffs, vocabulary_size]
+        self.bands: list[int] = list(cutoffs)
+        if vocabulary_size not in cutoffs:
+            self.bands.append(vocabulary_size)
         self._check(embed_dim, factor, padding_index)
-        self.embeddings = nn.ModuleList()
+        self.embeddings: nn.ModuleList = nn.ModuleList()
         for index, (start, end) in enumerate(self._ranges()):
             dim = embed_dim // factor**index
             table = word_embedding(end - start, dim, None if index else padding_index)
@@ -94,7 +96,8 @@ class TiedLinear(nn.Module):
 
     def __init__(self, weight: nn.Parameter, transpose: bool) -> None:
         super().__init__()
-        self.weight, self.transpose = weight, transpose
+        self.weight = weight
+        self.transpose = transpose
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.t() if self.transpose else self.weight)
@@ -107,8 +110,8 @@ class AdaptiveHead(nn.Module):
 
     def __init__(self, words: nn.Parameter, embed_dim: int, bands: int) -> None:
         super().__init__()
-        self.word_proj = TiedLinear(words, transpose=False)
-        self.class_proj = nn.Linear(embed_dim, bands, bias=False)
+        self.word_proj: TiedLinear = TiedLinear(words, transpose=False)
+        self.class_proj: nn.Linear = nn.Linear(embed_dim, bands, bias=False)
         nn.init.xavier_uniform_(self.class_proj.weight)
         self.register_buffer("_float_tensor", torch.zeros(1))  # of fairseq's state dict, unused
 
@@ -145,9 +148,12 @@ class AdaptiveOutput(nn.Module):
         padding_index: int,
     ) -> None:
         super().__init__()
-        self.bands, self.dropout, self.padding_index = inputs.bands, dropout, padding_index
-        self.head = AdaptiveHead(inputs.weights(0)[0], embed_dim, len(self.bands) - 1)
-        self.tail = nn.ModuleList()
+        self.bands: list[int] = inputs.bands
+        self.dropout = dropout
+        self.padding_index = padding_index
+        words, bands = inputs.weights(0)[0], len(self.bands) - 1
+        self.head: AdaptiveHead = AdaptiveHead(words, embed_dim, bands)
+        self.tail: nn.ModuleList = nn.ModuleList()
         for band in range(1, len(self.bands)):
             words, projection = inputs.weights(band)
             self.tail.append(
@@ -157,14 +163,20 @@ class AdaptiveOutput(nn.Module):
                     TiedLinear(words, transpose=False),
                 )
             )
-        # All in one fork: `build_aside` one after the other would draw the same numbers for each.
+        # All in one fork: one `build_preserving_rng` after the other would draw the same numbers.
         with torch.random.fork_rng(devices=[]):
-            self.normalizers = nn.ModuleList(build_normalizer(**normalizer) for _ in self.bands)
+            normalizers = [build_normalizer(**normalizer) for _ in self.bands]
+        self.normalizers: nn.ModuleList = nn.ModuleList(normalizers)
         self.register_buffer("version", torch.tensor([1]))
 
     def _clusters(self) -> list[tuple[nn.Module, Normalizer]]:
         """Head and bands, each with its normalizer."""
         return list(zip([self.head, *self.tail], cast(Any, self.normalizers), strict=True))
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a word can get no probability at all."""
+        return any(normalizer.sparse for _, normalizer in self._clusters())
 
     def probabilities(self, features: Tensor) -> Tensor:
         """Probabilities (..., words) of features (..., dim)."""
@@ -176,7 +188,7 @@ class AdaptiveOutput(nn.Module):
     def log_probabilities(self, features: Tensor) -> Tensor:
         """Logarithms of the probabilities, fp32 or wider; -inf for a word that has none."""
         head, *tails = [
-            normalized_log(normalizer, part(features)) for part, normalizer in self._clusters()
+            normalizer.log_probabilities(part(features)) for part, normalizer in self._clusters()
         ]
         words, bands = head.tensor_split([self.bands[0]], dim=-1)
         rare = [bands[..., band, None] + tail for band, tail in enumerate(tails)]

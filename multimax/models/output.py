@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimax.functional import to_compute_precision
 from multimax.losses import linear_output_loss
-from multimax.normalizers import ModulatedSoftMax, Normalizer, build_aside
+from multimax.normalizers import Normalizer, build_preserving_rng
 
 
 def word_embedding(size: int, embed_dim: int, padding_index: int | None) -> nn.Embedding:
@@ -19,13 +17,6 @@ def word_embedding(size: int, embed_dim: int, padding_index: int | None) -> nn.E
     if padding_index is not None:
         nn.init.zeros_(embedding.weight[padding_index])
     return embedding
-
-
-def normalized_log(normalizer: Normalizer, scores: Tensor) -> Tensor:
-    """The logarithm of `normalizer(scores)`, in fp32 or wider; -inf where that is 0."""
-    if isinstance(normalizer, ModulatedSoftMax):
-        return torch.log_softmax(normalizer.modulate(scores), -1)
-    return normalizer(to_compute_precision(scores)).log()
 
 
 class Output(nn.Module):
@@ -41,8 +32,14 @@ class Output(nn.Module):
         self, weight: nn.Parameter, normalizer: Mapping[str, Any], padding_index: int
     ) -> None:
         super().__init__()
-        self.weight, self.padding_index = weight, padding_index
-        self.normalizer = build_aside(normalizer)
+        self.weight = weight
+        self.padding_index = padding_index
+        self.normalizer: Normalizer = build_preserving_rng(normalizer)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a word can get no probability at all."""
+        return self.normalizer.sparse
 
     def scores(self, features: Tensor) -> Tensor:
         """Scores (..., words) of features (..., dim), before the normalizer."""
@@ -54,7 +51,7 @@ class Output(nn.Module):
 
     def log_probabilities(self, features: Tensor) -> Tensor:
         """Logarithms of the probabilities, fp32 or wider; -inf for a word that has none."""
-        return normalized_log(self.normalizer, self.scores(features))
+        return self.normalizer.log_probabilities(self.scores(features))
 
     def loss(
         self,

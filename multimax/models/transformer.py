@@ -14,14 +14,14 @@ from multimax.models.output import Output, word_embedding
 from multimax.models.transformer_stacks import (
     Cache,
     Decoder,
+    EncodedSource,
     Encoder,
-    Memory,
     check_rates,
     check_sizes,
     check_vocabulary,
 )
 
-__all__ = ["Cache", "LanguageModel", "Memory", "TranslationModel"]
+__all__ = ["Cache", "EncodedSource", "LanguageModel", "TranslationModel"]
 
 
 class LanguageModel(nn.Module):
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
             embed_tokens = AdaptiveInput(
                 vocabulary_size, adaptive_cutoffs, embed_dim, adaptive_factor, padding_index
             )
-        self.decoder = Decoder(
+        self.decoder: Decoder = Decoder(
             embed_tokens,
             output,
             tie_embeddings,
@@ -113,7 +113,7 @@ class LanguageModel(nn.Module):
                     num_heads=num_heads,
                     normalizer=attention,
                     dropout=attention_dropout,
-                    plain_incremental=official_mismatch,
+                    official_mismatch=official_mismatch,
                 ),
                 cross_attention=None,
                 pre_norm=pre_norm,
@@ -226,12 +226,12 @@ class TranslationModel(nn.Module):
             cross_attention = {"name": "softmax"}
         self.padding_index = padding_index
 
-        def attend(own: Mapping[str, Any] | None, plain_incremental: bool = False) -> dict:
+        def attend(own: Mapping[str, Any] | None, official_mismatch: bool = False) -> dict:
             return dict(
                 num_heads=num_heads,
                 normalizer=attention if own is None else own,
                 dropout=attention_dropout,
-                plain_incremental=plain_incremental,
+                official_mismatch=official_mismatch,
             )
 
         layer = dict(
@@ -241,7 +241,7 @@ class TranslationModel(nn.Module):
             dropout=dropout,
             activation_dropout=activation_dropout,
         )
-        self.encoder = Encoder(
+        self.encoder: Encoder = Encoder(
             word_embedding(source_vocabulary_size, embed_dim, padding_index),
             source_vocabulary_size,
             padding_index,
@@ -249,7 +249,7 @@ class TranslationModel(nn.Module):
             pre_norm,
             layer | dict(self_attention=attend(encoder_attention), cross_attention=None),
         )
-        self.decoder = Decoder(
+        self.decoder: Decoder = Decoder(
             word_embedding(target_vocabulary_size, embed_dim, padding_index),
             output,
             tie_embeddings,
@@ -269,7 +269,7 @@ class TranslationModel(nn.Module):
         """The output layer."""
         return self.decoder.output
 
-    def encode(self, source: Tensor) -> Memory:
+    def encode(self, source: Tensor) -> EncodedSource:
         """What is known of source sentences (sentences, tokens)."""
         return self.encoder(source)
 
@@ -286,9 +286,9 @@ class TranslationModel(nn.Module):
         """
         return self.decoder(target_in, self.new_cache(self.encode(source)))
 
-    def new_cache(self, memory: Memory) -> Cache:
+    def new_cache(self, encoded: EncodedSource) -> Cache:
         """What `step` needs to begin."""
-        return self.decoder.new_cache(memory)
+        return self.decoder.new_cache(encoded)
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Features (rows, tokens, dim) of further target tokens (rows, tokens), usually one.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimax.attention import attention
-from multimax.normalizers import SoftMax, build_aside
+from multimax.normalizers import Normalizer, SoftMax, build_preserving_rng
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -28,28 +28,29 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, embed_dim: int, padding_index: int) -> None:
         super().__init__()
-        self.embed_dim, self.padding_index = embed_dim, padding_index
+        self.embed_dim = embed_dim
+        self.padding_index = padding_index
         # No buffer: its size would differ between processes, which DDP does not allow.
         self._table = torch.empty(0, embed_dim)
         self.register_load_state_dict_pre_hook(_drop_position_tables)
 
-    def forward(self, allowed: Tensor, new: int) -> Tensor:
+    def forward(self, token_mask: Tensor, new: int) -> Tensor:
         """Embeddings of the positions of the last `new` tokens.
 
         Args:
-            allowed: (rows, tokens) bool, False for padding.
+            token_mask: (rows, tokens) bool, False for padding.
             new: how many embeddings are wanted, at most `tokens`.
 
         Returns:
             (rows, new, embed_dim), fp32.
         """
-        recent = slice(allowed.size(1) - new, None)
-        positions = (allowed.cumsum(1) * allowed)[:, recent] + self.padding_index
-        longest = self.padding_index + allowed.size(1) + 1
+        recent = slice(token_mask.size(1) - new, None)
+        positions = (token_mask.cumsum(1) * token_mask)[:, recent] + self.padding_index
+        longest = self.padding_index + token_mask.size(1) + 1
         if self._table.size(0) < longest:
             # Doubled, so that decoding word by word does not compute it for every word.
             self._table = self._compute(2 * longest)
-        self._table = self._table.to(allowed.device)
+        self._table = self._table.to(token_mask.device)
         return F.embedding(positions, self._table)
 
     def _compute(self, length: int) -> Tensor:
@@ -76,7 +77,7 @@ class MultiheadAttention(nn.Module):
         num_heads: number of heads, which share the normalizer.
         normalizer: name and options of the normalizer.
         dropout: in [0, 1), of the probabilities.
-        plain_incremental: plain SoftMax in incremental decoding, see `official_mismatch`.
+        official_mismatch: plain SoftMax in incremental decoding, as in the official code.
     """
 
     def __init__(
@@ -85,20 +86,21 @@ class MultiheadAttention(nn.Module):
         num_heads: int,
         normalizer: Mapping[str, Any],
         dropout: float,
-        plain_incremental: bool = False,
+        official_mismatch: bool = False,
     ) -> None:
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
-        self.q_proj = nn.Linear(embed_dim, embed_dim)
-        self.k_proj = nn.Linear(embed_dim, embed_dim)
-        self.v_proj = nn.Linear(embed_dim, embed_dim)
-        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.q_proj: nn.Linear = nn.Linear(embed_dim, embed_dim)
+        self.k_proj: nn.Linear = nn.Linear(embed_dim, embed_dim)
+        self.v_proj: nn.Linear = nn.Linear(embed_dim, embed_dim)
+        self.out_proj: nn.Linear = nn.Linear(embed_dim, embed_dim)
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
-        self.normalizer = build_aside(normalizer)
-        self.incremental_normalizer = SoftMax() if plain_incremental else None
+        self.normalizer: Normalizer = build_preserving_rng(normalizer)
+        self.official_mismatch = official_mismatch
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -111,7 +113,7 @@ class MultiheadAttention(nn.Module):
         self,
         x: Tensor,
         keys_values: KeysValues,
-        allowed: Tensor,
+        key_mask: Tensor,
         causal: bool = False,
         incremental: bool = False,
     ) -> Tensor:
@@ -120,9 +122,9 @@ class MultiheadAttention(nn.Module):
         Args:
             x: (rows, tokens, dim).
             keys_values: of (sentences, ...), where each sentence has rows / sentences rows of `x`.
-            allowed: (sentences, keys) bool, True where a key may be attended.
+            key_mask: (sentences, keys) bool, True where a key may be attended.
             causal: as in `attention`.
-            incremental: whether decoding is token by token, for `plain_incremental`.
+            incremental: whether decoding is token by token, for `official_mismatch`.
 
         Returns:
             (rows, tokens, dim).
@@ -132,13 +134,13 @@ class MultiheadAttention(nn.Module):
         folded = query.size(0) != keys.size(0)
         if folded:  # the hypotheses of a sentence are just more queries to its source
             query = query.unflatten(0, (keys.size(0), -1)).transpose(1, 2).flatten(2, 3)
-        plain = self.incremental_normalizer if incremental else None
+        plain = incremental and self.official_mismatch
         heads = attention(
             query,
             keys,
             values,
-            self.normalizer if plain is None else plain,
-            mask=allowed[:, None, None, :],
+            SoftMax() if plain else self.normalizer,
+            mask=key_mask[:, None, None, :],
             causal=causal,
             dropout=self.dropout if self.training else 0.0,
         )
@@ -171,50 +173,52 @@ class TransformerLayer(nn.Module):
         activation_dropout: float,
     ) -> None:
         super().__init__()
-        self.pre_norm, self.dropout = pre_norm, dropout
+        self.pre_norm = pre_norm
+        self.dropout = dropout
         self.activation_dropout = activation_dropout
-        self.self_attn = MultiheadAttention(embed_dim, **self_attention)
-        self.self_attn_layer_norm = nn.LayerNorm(embed_dim)
-        self.encoder_attn = self.encoder_attn_layer_norm = None
+        self.self_attn: MultiheadAttention = MultiheadAttention(embed_dim, **self_attention)
+        self.self_attn_layer_norm: nn.LayerNorm = nn.LayerNorm(embed_dim)
+        self.encoder_attn: MultiheadAttention | None = None
+        self.encoder_attn_layer_norm: nn.LayerNorm | None = None
         if cross_attention is not None:
             self.encoder_attn = MultiheadAttention(embed_dim, **cross_attention)
             self.encoder_attn_layer_norm = nn.LayerNorm(embed_dim)
-        self.fc1 = nn.Linear(embed_dim, ffn_dim)
-        self.fc2 = nn.Linear(ffn_dim, embed_dim)
-        self.final_layer_norm = nn.LayerNorm(embed_dim)
+        self.fc1: nn.Linear = nn.Linear(embed_dim, ffn_dim)
+        self.fc2: nn.Linear = nn.Linear(ffn_dim, embed_dim)
+        self.final_layer_norm: nn.LayerNorm = nn.LayerNorm(embed_dim)
 
     def forward(
         self,
         x: Tensor,
-        allowed: Tensor,
+        key_mask: Tensor,
         causal: bool = False,
         incremental: bool = False,
         extend: Callable[[KeysValues], KeysValues] | None = None,
-        memory: KeysValues | None = None,
-        memory_allowed: Tensor | None = None,
+        source_keys_values: KeysValues | None = None,
+        source_mask: Tensor | None = None,
     ) -> Tensor:
         """The layer's output, of the shape of `x`.
 
         Args:
             x: (rows, tokens, dim).
-            allowed: (rows, keys) bool, False for padding.
+            key_mask: (rows, keys) bool, False for padding.
             causal: as in `attention`.
             incremental: as in `MultiheadAttention`.
             extend: puts the cached keys and values before those of `x`; None without a cache.
-            memory: keys and values of the source.
-            memory_allowed: (sentences, source tokens) bool, False for padding.
+            source_keys_values: keys and values of the source.
+            source_mask: (sentences, source tokens) bool, False for padding.
         """
 
         def self_attention(y: Tensor) -> Tensor:
             new = self.self_attn.keys_values(y)
             keys_values = new if extend is None else extend(new)
-            return self.self_attn(y, keys_values, allowed, causal, incremental)
+            return self.self_attn(y, keys_values, key_mask, causal, incremental)
 
         x = self._residual(x, self.self_attn_layer_norm, self_attention)
         if self.encoder_attn is not None:
             cross = self.encoder_attn
             x = self._residual(
-                x, self.encoder_attn_layer_norm, lambda y: cross(y, memory, memory_allowed)
+                x, self.encoder_attn_layer_norm, lambda y: cross(y, source_keys_values, source_mask)
             )
         return self._residual(x, self.final_layer_norm, self._mlp)
 

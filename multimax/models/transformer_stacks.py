@@ -1,4 +1,4 @@
-"""Encoder and decoder of the Transformer, and what they hand over: memory and cache."""
+"""Encoder and decoder of the Transformer, and what they hand over: encoded source and cache."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -16,16 +16,16 @@ from multimax.models.transformer_layers import KeysValues, SinusoidalPositions, 
 
 
 @dataclass(frozen=True)
-class Memory:
+class EncodedSource:
     """What the encoder knows of the source sentences.
 
     Attributes:
         features: (sentences, tokens, dim).
-        allowed: (sentences, tokens) bool, False for padding.
+        mask: (sentences, tokens) bool, False for padding.
     """
 
     features: Tensor
-    allowed: Tensor
+    mask: Tensor
 
 
 class Cache:
@@ -37,21 +37,21 @@ class Cache:
 
     Args:
         depth: number of decoder layers.
-        memory: keys and values of the source for each layer, each (sentences, heads, tokens,
-            head_dim).
-        memory_allowed: (sentences, tokens) bool, False for padding of the source.
+        source_keys_values: keys and values of the source for each layer, each (sentences, heads,
+            tokens, head_dim).
+        source_mask: (sentences, tokens) bool, False for padding of the source.
     """
 
     def __init__(
         self,
         depth: int,
-        memory: Iterable[KeysValues] = (),
-        memory_allowed: Tensor | None = None,
+        source_keys_values: Iterable[KeysValues] = (),
+        source_mask: Tensor | None = None,
     ) -> None:
         self.past: list[KeysValues | None] = [None] * depth
-        self.allowed: Tensor | None = None
-        self.memory = list(memory)
-        self.memory_allowed = memory_allowed
+        self.token_mask: Tensor | None = None
+        self.source_keys_values: list[KeysValues] = list(source_keys_values)
+        self.source_mask = source_mask
 
     def extend(self, layer: int, new: KeysValues) -> KeysValues:
         """All keys and values of a layer, with those of the `new` tokens at the end."""
@@ -61,12 +61,12 @@ class Cache:
         self.past[layer] = new
         return new
 
-    def extend_allowed(self, allowed: Tensor) -> Tensor:
+    def extend_mask(self, token_mask: Tensor) -> Tensor:
         """(rows, tokens) bool of all tokens so far, with those of the new tokens at the end."""
-        if self.allowed is not None:
-            allowed = torch.cat([self.allowed, allowed], dim=1)
-        self.allowed = allowed
-        return allowed
+        if self.token_mask is not None:
+            token_mask = torch.cat([self.token_mask, token_mask], dim=1)
+        self.token_mask = token_mask
+        return token_mask
 
     def reorder(self, rows: Tensor, sentences: Tensor | None = None) -> None:
         """Continue with other rows: `rows[i]` becomes row i; a row may be taken many or no times.
@@ -76,11 +76,13 @@ class Cache:
             sentences: int64, indices of the sentences that remain; None for all.
         """
         self.past = [past and (past[0][rows], past[1][rows]) for past in self.past]
-        self.allowed = None if self.allowed is None else self.allowed[rows]
+        self.token_mask = None if self.token_mask is None else self.token_mask[rows]
         if sentences is not None:
-            self.memory = [(keys[sentences], values[sentences]) for keys, values in self.memory]
-            if self.memory_allowed is not None:
-                self.memory_allowed = self.memory_allowed[sentences]
+            self.source_keys_values = [
+                (keys[sentences], values[sentences]) for keys, values in self.source_keys_values
+            ]
+            if self.source_mask is not None:
+                self.source_mask = self.source_mask[sentences]
 
 
 class Stack(nn.Module):
@@ -98,24 +100,29 @@ class Stack(nn.Module):
         layer: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        self.vocabulary_size, self.padding_index = vocabulary_size, padding_index
-        self.embed_dim, self.dropout = layer["embed_dim"], layer["dropout"]
+        self.vocabulary_size = vocabulary_size
+        self.padding_index = padding_index
+        self.embed_dim: int = layer["embed_dim"]
+        self.dropout: float = layer["dropout"]
         self.register_buffer("version", torch.tensor([3.0]))  # of fairseq's checkpoints
         self.embed_tokens = embed_tokens
-        self.embed_positions = SinusoidalPositions(self.embed_dim, padding_index)
-        self.layers = nn.ModuleList(TransformerLayer(**layer) for _ in range(depth))
-        self.layer_norm = nn.LayerNorm(self.embed_dim) if final_norm else None
+        self.embed_positions: SinusoidalPositions = SinusoidalPositions(
+            self.embed_dim, padding_index
+        )
+        layers = [TransformerLayer(**layer) for _ in range(depth)]
+        self.layers: nn.ModuleList = nn.ModuleList(layers)
+        self.layer_norm: nn.LayerNorm | None = nn.LayerNorm(self.embed_dim) if final_norm else None
 
-    def embed(self, tokens: Tensor, allowed: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """(rows, tokens, dim) scaled embeddings plus positions.
 
         Args:
             tokens: (rows, tokens).
-            allowed: (rows, all tokens) bool, False for padding; includes tokens that came before.
+            token_mask: (rows, all tokens) bool, False for padding; with those that came before.
         """
         self._check(tokens)
         x = math.sqrt(self.embed_dim) * self.embed_tokens(tokens)
-        positions = self.embed_positions(allowed, tokens.size(1))
+        positions = self.embed_positions(token_mask, tokens.size(1))
         return F.dropout(x + positions.to(x.dtype), self.dropout, self.training)
 
     def _check(self, tokens: Tensor) -> None:
@@ -135,17 +142,17 @@ class Stack(nn.Module):
 class Encoder(Stack):
     """Self-attention of the source in both directions."""
 
-    def forward(self, source: Tensor) -> Memory:
+    def forward(self, source: Tensor) -> EncodedSource:
         """What is known of source sentences (batch, tokens)."""
-        allowed = source != self.padding_index
-        x = self.embed(source, allowed)
+        token_mask = source != self.padding_index
+        x = self.embed(source, token_mask)
         for layer in self.layers:
-            x = layer(x, allowed)
-        return Memory(x if self.layer_norm is None else self.layer_norm(x), allowed)
+            x = layer(x, token_mask)
+        return EncodedSource(x if self.layer_norm is None else self.layer_norm(x), token_mask)
 
 
 class Decoder(Stack):
-    """Causal self-attention, cross-attention to a memory if there is one, and the output layer."""
+    """Causal self-attention, cross-attention to a source if there is one, and the output layer."""
 
     def __init__(
         self,
@@ -156,7 +163,8 @@ class Decoder(Stack):
         **options: Any,
     ) -> None:
         super().__init__(embed_tokens, **options)
-        self.adaptive_softmax = self.output_projection = None
+        self.adaptive_softmax: AdaptiveOutput | None = None
+        self.output_projection: Output | None = None
         if isinstance(embed_tokens, AdaptiveInput):
             if not tie_embeddings:
                 raise ValueError(
@@ -177,30 +185,31 @@ class Decoder(Stack):
             nn.init.normal_(weight, std=self.embed_dim**-0.5)
         self.output_projection = Output(weight, output, self.padding_index)
 
-    def new_cache(self, memory: Memory | None = None) -> Cache:
-        """An empty cache; the keys and values of the memory are computed here, once."""
-        if memory is None:
+    def new_cache(self, source: EncodedSource | None = None) -> Cache:
+        """An empty cache; the keys and values of the source are computed here, once."""
+        if source is None:
             return Cache(len(self.layers))
         attentions = [layer.encoder_attn for layer in cast(Iterable, self.layers)]
-        keys_values = [attention.keys_values(memory.features) for attention in attentions]
-        return Cache(len(self.layers), keys_values, memory.allowed)
+        keys_values = [attention.keys_values(source.features) for attention in attentions]
+        return Cache(len(self.layers), keys_values, source.mask)
 
     def forward(self, tokens: Tensor, cache: Cache, incremental: bool = False) -> Tensor:
         """Features (rows, tokens, dim) of tokens (rows, tokens) that continue those of the cache.
 
         The cache is extended in place; `incremental` is for `official_mismatch`.
         """
-        allowed = cache.extend_allowed(tokens != self.padding_index)
-        x = self.embed(tokens, allowed)
-        for index, layer in enumerate(self.layers):
+        token_mask = cache.extend_mask(tokens != self.padding_index)
+        x = self.embed(tokens, token_mask)
+        sources = cache.source_keys_values or [None] * len(self.layers)
+        for index, (layer, source) in enumerate(zip(self.layers, sources, strict=True)):
             x = layer(
                 x,
-                allowed,
+                token_mask,
                 causal=True,
                 incremental=incremental,
                 extend=partial(cache.extend, index),
-                memory=cache.memory[index] if cache.memory else None,
-                memory_allowed=cache.memory_allowed,
+                source_keys_values=source,
+                source_mask=cache.source_mask,
             )
         return x if self.layer_norm is None else self.layer_norm(x)
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from multimax.attention import attention
 from multimax.models.official_names import rename_official_keys
-from multimax.normalizers import Normalizer, build_aside
+from multimax.normalizers import Normalizer, build_preserving_rng
 
 
 class NormalizedAttention(Attention):
     """timm's self-attention with another normalizer in the place of SoftMax.
 
     Subclasses made by `normalized_attention` bind the normalizer. Each layer has its own, shared
-    by the heads of the layer. Without the compiled kernels, and for an entmax whose alpha is not
+    by the heads of the layer. Without the C kernels, and for an entmax whose alpha is not
     1.5 or 2, the threshold is iterated until it converges, which `torch.compile` cannot trace in
     one graph: it breaks the graph there, and `fullgraph=True` is an error.
 
@@ -43,7 +43,7 @@ class NormalizedAttention(Attention):
                 f"use embed_dim={math.ceil(dim / num_heads) * num_heads} or another num_heads"
             )
         super().__init__(dim, num_heads, **options)
-        self.normalizer = build_aside(self.normalizer_options)
+        self.normalizer = build_preserving_rng(self.normalizer_options)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -84,13 +84,13 @@ class NormalizedAttention(Attention):
 def _boolean_mask(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.dtype == torch.bool:
         return mask
-    allowed = mask == 0
-    if not (allowed | (mask == -math.inf)).all():
+    boolean = mask == 0
+    if not (boolean | (mask == -math.inf)).all():
         raise ValueError(
             "an additive attn_mask may hold only 0 and -inf: a finite bias is not defined for a "
             "general normalizer; pass a boolean mask"
         )
-    return allowed
+    return boolean
 
 
 def normalized_attention(name: str, **options: Any) -> type[NormalizedAttention]:
@@ -199,7 +199,7 @@ def build_vision_transformer(
     model = _check_model(model, architecture, image_size)
     if isinstance(model.cls_token, nn.Parameter):
         nn.init.trunc_normal_(model.cls_token, std=0.02)  # timm has moved to 1e-6 since DeiT
-    model.output = build_aside(output)
+    model.output = build_preserving_rng(output)
     model.set_grad_checkpointing(gradient_checkpointing)
     model.register_load_state_dict_pre_hook(rename_official_keys)
     return model

@@ -38,8 +38,8 @@ __all__ = [
     "SoftMax",
     "SparseMax",
     "TopK",
-    "build_aside",
     "build_normalizer",
+    "build_preserving_rng",
     "entmax",
     "entmax15",
     "evsoftmax",
@@ -72,7 +72,7 @@ def build_normalizer(name: str, **options: Any) -> Normalizer:
     return build("normalizer", NORMALIZERS, name, options)
 
 
-def build_aside(options: Mapping[str, Any]) -> Normalizer:
+def build_preserving_rng(options: Mapping[str, Any]) -> Normalizer:
     """`build_normalizer(**options)` that leaves the global generator as it was.
 
     A seed then gives the same other weights whatever the normalizer draws for itself, so that runs

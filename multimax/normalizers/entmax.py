@@ -5,8 +5,13 @@ import math
 import torch
 from torch import Tensor, nn
 
-from multimax.functional import check_mask, masked_softmax, to_compute_precision
-from multimax.kernels import rows
+from multimax.functional import (
+    check_mask,
+    masked_log_softmax,
+    masked_softmax,
+    to_compute_precision,
+)
+from multimax.kernels import c_rows
 from multimax.normalizers.base import Normalizer
 
 MAX_STEPS = 200  # a bound, not a setting: Newton needs about 10, bisection as many as it has bits
@@ -49,8 +54,8 @@ def entmax(
         check_alpha(alpha)
         if alpha == 1:
             return masked_softmax(x, dim, mask).to(scores.dtype)
-        if alpha in (1.5, 2) and rows.usable(x):
-            return rows.threshold(x, alpha == 1.5, dim, mask).to(scores.dtype)
+        if alpha in (1.5, 2) and c_rows.usable(x):
+            return c_rows.threshold(x, alpha == 1.5, dim, mask).to(scores.dtype)
     if mask is not None:
         x = x.masked_fill(~mask, -math.inf)
     return _EntMax.apply(x, alpha, dim).to(scores.dtype)
@@ -95,11 +100,11 @@ class _EntMax(torch.autograd.Function):
         grad_scores = slope * grad - share * (slope * grad).sum(ctx.dim, keepdim=True)
         grad_alpha = None
         if ctx.needs_input_grad[1]:
-            surprise = p * p.where(p > 0, 1.0).log()
-            total = surprise.sum(ctx.dim, keepdim=True)
+            p_log_p = p * p.where(p > 0, 1.0).log()
+            total = p_log_p.sum(ctx.dim, keepdim=True)
             a = alpha - 1
             d_alpha = (p - share * p.sum(ctx.dim, keepdim=True)) / (a * a)
-            d_alpha = d_alpha - (surprise - share * total) / a
+            d_alpha = d_alpha - (p_log_p - share * total) / a
             grad_alpha = (grad * d_alpha).sum_to_size(alpha.shape)
         return grad_scores, grad_alpha, None
 
@@ -187,10 +192,10 @@ class EntMax(Normalizer):
             raise ValueError(f"heads={heads} needs learned=True and heads >= 1")
         if learned and not 1 < alpha < 2:
             raise ValueError(f"a learned alpha must start inside (1, 2), got {alpha}")
-        self.fixed_alpha = None if learned else float(alpha)
+        self.fixed_alpha: float | None = None if learned else float(alpha)
         self.heads = heads
         if learned:
-            self.alpha_logit = nn.Parameter(
+            self.alpha_logit: nn.Parameter = nn.Parameter(
                 torch.full((heads or 1,), math.log((alpha - 1) / (2 - alpha)))
             )
 
@@ -208,6 +213,18 @@ class EntMax(Normalizer):
 
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         return entmax(scores, self.broadcast_alpha(), dim, mask)
+
+    @property
+    def sparse(self) -> bool:
+        return self.fixed_alpha != 1
+
+    def log_probabilities(
+        self, scores: Tensor, dim: int = -1, mask: Tensor | None = None
+    ) -> Tensor:
+        if self.sparse:
+            return super().log_probabilities(scores, dim, mask)
+        check_mask(mask)
+        return masked_log_softmax(to_compute_precision(scores), dim, mask)
 
     def extra_repr(self) -> str:
         if self.fixed_alpha is not None:

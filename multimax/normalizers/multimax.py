@@ -10,7 +10,7 @@ from multimax.functional import (
     modulate_derivative,
     to_compute_precision,
 )
-from multimax.kernels import rows
+from multimax.kernels import c_rows
 from multimax.normalizers.modulated import ModulatedSoftMax
 
 
@@ -37,9 +37,9 @@ def multimax(
     """
     check_mask(mask)
     x = to_compute_precision(scores)
-    if rows.usable(x) and ts.shape == ranges.shape and ts.numel() in (2, 4) and ts.dim() == 1:
+    if c_rows.usable(x) and ts.shape == ranges.shape and ts.numel() in (2, 4) and ts.dim() == 1:
         coefficients = torch.cat([_identity(ts), ts, ranges]).to(x.dtype)
-        return rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)
+        return c_rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)
     return masked_softmax(modulate(x, ts, ranges), dim, mask).to(scores.dtype)
 
 
@@ -72,12 +72,12 @@ class MultiMax(ModulatedSoftMax):
         if init not in ("paper", "identity"):
             raise ValueError(f"init must be 'paper' or 'identity', got {init!r}")
         self.init = init
-        self.ts = nn.Parameter(torch.empty(2 * order))
-        self.ranges = nn.Parameter(torch.empty(2 * order))
+        self.ts: nn.Parameter = nn.Parameter(torch.empty(2 * order))
+        self.ranges: nn.Parameter = nn.Parameter(torch.empty(2 * order))
         self.affine = affine
         if affine:
-            self.scale = nn.Parameter(torch.empty(1))
-            self.shift = nn.Parameter(torch.empty(1))
+            self.scale: nn.Parameter = nn.Parameter(torch.empty(1))
+            self.shift: nn.Parameter = nn.Parameter(torch.empty(1))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -123,7 +123,7 @@ class MultiMax(ModulatedSoftMax):
 
     @property
     def fusible(self) -> bool:
-        return self.order <= rows.MOST_ORDER
+        return self.order <= c_rows.MOST_ORDER
 
     def coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         scale, shift = (

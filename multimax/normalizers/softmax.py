@@ -55,9 +55,9 @@ class SoftMax(ModulatedSoftMax):
     def __init__(self, temperature: float = 1.0, learned: bool = False) -> None:
         super().__init__()
         _check_temperature(temperature)
-        self.fixed_temperature = None if learned else float(temperature)
+        self.fixed_temperature: float | None = None if learned else float(temperature)
         if learned:
-            self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)]))
+            self.log_temperature: nn.Parameter = nn.Parameter(torch.tensor([math.log(temperature)]))
 
     @property
     def temperature(self) -> float | Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from multimax.functional import check_mask, to_compute_precision
-from multimax.kernels import rows
+from multimax.kernels import c_rows
 from multimax.normalizers.truncated import TruncatedSoftMax, truncated_softmax
 
 
@@ -41,8 +41,8 @@ def _keep(scores: Tensor, k: int, dim: int, mask: Tensor | None) -> Tensor:
     scores = scores.detach()
     if k >= scores.size(dim):
         return torch.ones_like(scores, dtype=torch.bool)
-    if rows.usable(scores):
-        return scores >= rows.kth_largest(scores, k, dim, mask)
+    if c_rows.usable(scores):
+        return scores >= c_rows.kth_largest(scores, k, dim, mask)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     kth_largest = scores.topk(k, dim).values.narrow(dim, k - 1, 1)

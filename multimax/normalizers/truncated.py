@@ -6,8 +6,8 @@ from abc import abstractmethod
 from torch import Tensor
 
 from multimax.functional import check_mask, masked_softmax, to_compute_precision
-from multimax.kernels import rows
-from multimax.normalizers.base import LogitNormalizer
+from multimax.kernels import c_rows
+from multimax.normalizers.base import LogitNormalizer, Normalizer
 
 
 def truncated_softmax(
@@ -26,9 +26,9 @@ def truncated_softmax(
         scores = floored_logits(scores, keep, floor)
     else:
         mask = keep if mask is None else keep & mask
-    if rows.usable(scores):
+    if c_rows.usable(scores):
         identity = scores.new_tensor([1.0, 0.0])
-        return rows.modulated_softmax(scores, identity, dim, mask)
+        return c_rows.modulated_softmax(scores, identity, dim, mask)
     return masked_softmax(scores, dim, mask)
 
 
@@ -72,3 +72,13 @@ class TruncatedSoftMax(LogitNormalizer):
     def logits(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         x = to_compute_precision(scores)
         return floored_logits(x, self.keep(x, dim, mask), self.floor)
+
+    @property
+    def sparse(self) -> bool:
+        return True
+
+    def log_probabilities(
+        self, scores: Tensor, dim: int = -1, mask: Tensor | None = None
+    ) -> Tensor:
+        # Not those of the logits, which have the floor of the loss.
+        return Normalizer.log_probabilities(self, scores, dim, mask)

@@ -99,5 +99,5 @@ def test_hydra_train(data, tmp_path):
     (model,), _, _ = load_model_ensemble_and_task([str(tmp_path / "saved" / "checkpoint_last.pt")])
     layer = model.decoder.layers[0].self_attn
     assert layer.normalizer.k == 3
-    assert layer.plain_incremental
+    assert layer.official_mismatch
     assert model.decoder.output_projection.normalizer.order == 3

@@ -10,7 +10,7 @@ from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from multimax.integrations.fairseq.convert import build_model, to_multimax
 from multimax.integrations.fairseq.output import decoder_output
 
-SPARSE = ["sparsemax", "entmax15", "entmax:alpha=1.3,learned=true"]
+SPARSE = ["topk:k=3", "sparsemax", "entmax15", "entmax:alpha=1.3,learned=true", "evsoftmax"]
 OUTPUT_LOSS = ["--criterion", "multimax_output_loss"]
 
 
@@ -45,9 +45,10 @@ def test_two_updates(monkeypatch, build, data, tmp_path, name, normalizer):
             assert not torch.equal(parameter, initial[key]), f"{key} was not trained"
 
 
+@pytest.mark.parametrize("normalizer", SPARSE)
 @pytest.mark.parametrize("name", MODELS)
-def test_sparse_output_needs_its_own_loss(build, name):
-    side = build(f"multimax_{name}", *normalizers("softmax", "sparsemax"))
+def test_sparse_output_needs_its_own_loss(build, name, normalizer):
+    side = build(f"multimax_{name}", *normalizers("softmax", normalizer))
     sample = batch(side.task)
     with pytest.raises(ValueError, match="--criterion multimax_output_loss"):
         side.criterion(side.model.train(), sample)

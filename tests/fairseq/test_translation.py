@@ -17,15 +17,15 @@ MODEL = ["--arch", f"multimax_{NAME}", *words(MODELS[NAME]), *FLAGS[NAME]]
 MODEL += ["--attention-normalizer", "multimax:order=1"]
 MODEL += ["--encoder-attention-normalizer", "entmax:alpha=1.3,learned=true"]
 MODEL += ["--cross-attention-normalizer", "topk:k=4"]
-MODEL += ["--output-normalizer", "evsoftmax:floor=1e-5"]
+MODEL += ["--output-normalizer", "evsoftmax:floor=1e-5", "--criterion", "multimax_output_loss"]
 
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     """A checkpoint, and what fairseq-train printed."""
     folder = tmp_path_factory.mktemp("translation")
-    line = [data / "mt", *MODEL, "--criterion", "label_smoothed_cross_entropy"]
-    line += ["--label-smoothing", "0.1", "--eval-bleu", "--best-checkpoint-metric", "bleu"]
+    line = [data / "mt", *MODEL, "--label-smoothing", "0.1"]
+    line += ["--eval-bleu", "--best-checkpoint-metric", "bleu"]
     line += ["--maximize-best-checkpoint-metric", "--dropout", "0.0", "--max-epoch", "6"]
     log = tool("fairseq-train", *line, *TRAIN, "--save-dir", folder)
     return folder / "checkpoint_best.pt", log

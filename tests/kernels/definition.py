@@ -1,4 +1,4 @@
-"""What the compiled kernels compute next to what the eager definition does."""
+"""What the C kernels compute next to what the eager definition does."""
 
 import copy
 import warnings
@@ -8,15 +8,15 @@ import torch
 
 from multimax import EntMax15, MultiMax, SoftMax, SparseMax
 from multimax.attention import attention
-from multimax.kernels import compiled, rows
+from multimax.kernels import c_library, c_rows
 from multimax.kernels.backend import use_backend
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    UNAVAILABLE = compiled.unavailable()
+    UNAVAILABLE = c_library.unavailable()
 needs_kernels = pytest.mark.skipif(
     UNAVAILABLE is not None,
-    reason=f"tests the compiled kernels, which this machine cannot have: {UNAVAILABLE}",
+    reason=f"tests the C kernels, which this machine cannot have: {UNAVAILABLE}",
 )
 
 MODULATED = {
@@ -55,12 +55,12 @@ def normalized(module, scores, mask=None, dim=-1, backend="auto", upstream=None)
     module = copy.deepcopy(module)
     scores = scores.detach().requires_grad_()
     with use_backend(backend):
-        assert rows.usable(scores) == (backend != "eager")
+        assert c_rows.usable(scores) == (backend != "eager")
         p = module(scores, dim, mask)
         return p.detach(), *_gradients(p, [scores, *module.parameters()], upstream)
 
 
-def attended(tensors, module, mask=None, backend="blockwise", upstream=None, **options):
+def attended(tensors, module, mask=None, backend="c", upstream=None, **options):
     """The output, and the gradients of query, key, value and scalars for a fixed dL/d out."""
     module = copy.deepcopy(module)
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]

@@ -26,20 +26,20 @@ from multimax import (
     registered_normalizers,
 )
 from multimax.attention import attention
-from multimax.kernels import compiled, rows
+from multimax.kernels import c_library, c_rows
 from multimax.kernels.backend import BACKENDS, chosen_backend, use_backend
 
 
 @pytest.fixture
 def called(monkeypatch):
     """Names of the functions of the kernels that have been called."""
-    names, call = [], compiled.call
+    names, call = [], c_library.call
 
     def record(dtype, function, *arguments):
         names.append(function)
         call(dtype, function, *arguments)
 
-    monkeypatch.setattr(compiled, "call", record)
+    monkeypatch.setattr(c_library, "call", record)
     return names
 
 
@@ -56,8 +56,8 @@ def test_an_unknown_name_lists_the_known(name):
 def test_use_backend_nests_and_ends_with_an_exception():
     assert chosen_backend() == "auto"
     with use_backend("eager"):
-        with use_backend("blockwise"):
-            assert chosen_backend() == "blockwise"
+        with use_backend("c"):
+            assert chosen_backend() == "c"
         assert chosen_backend() == "eager"
         with pytest.raises(KeyError), use_backend("triton"):
             raise KeyError
@@ -76,12 +76,12 @@ def test_use_backend_nests_and_ends_with_an_exception():
     ("backend", "normalizer", "message"),
     [
         (
-            "blockwise",
+            "c",
             SparseMax(),
             r"SparseMax\(alpha=2\) is no SoftMax of scores with a modulator",
         ),
         ("triton", SparseMax(), r"SparseMax\(alpha=2\) is no SoftMax of scores with a modulator"),
-        ("blockwise", MultiMax(order=3), r"MultiMax\(order=3.* a modulator of order <= 2"),
+        ("c", MultiMax(order=3), r"MultiMax\(order=3.* a modulator of order <= 2"),
         ("triton", SoftMax(), "the tensors are on cpu, it runs on CUDA"),
     ],
 )
@@ -99,12 +99,10 @@ def test_a_named_backend_never_falls_back(monkeypatch, backend, normalizer, mess
 
 
 @needs_kernels
-def test_blockwise_says_what_hinders_it():
+def test_the_c_kernels_say_what_hinders_them():
     def fails_with(message, *tensors):
-        with pytest.raises(
-            ValueError, match=f"'blockwise' cannot compute this attention: {message}"
-        ):
-            attention(*tensors, SoftMax(), backend="blockwise")
+        with pytest.raises(ValueError, match=f"'c' cannot compute this attention: {message}"):
+            attention(*tensors, SoftMax(), backend="c")
 
     query, key, value = qkv()
     fails_with("query, key and value are torch.float32, torch.float64", query.float(), key, value)
@@ -120,7 +118,7 @@ def test_blockwise_says_what_hinders_it():
 
 
 @needs_kernels
-@pytest.mark.parametrize("backend", ["eager", "auto", "blockwise"])
+@pytest.mark.parametrize("backend", ["eager", "auto", "c"])
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -157,7 +155,7 @@ def test_eager_never_calls_a_kernel(called, name, way):
         with use_backend("eager"):
             attention(*tensors, normalizer, causal=True).square().sum().backward()
             p = normalizer.float()(scores)
-            assert not rows.usable(scores)
+            assert not c_rows.usable(scores)
         p.square().sum().backward()
     assert not called
 
@@ -171,9 +169,9 @@ def test_eager_functions_never_call_a_kernel(called):
 @needs_kernels
 def test_the_argument_goes_before_the_context(called):
     with use_backend("eager"):
-        attention(*qkv(), SoftMax(), backend="blockwise")
+        attention(*qkv(), SoftMax(), backend="c")
         assert called == ["attention_forward"]
-    with use_backend("blockwise"):
+    with use_backend("c"):
         attention(*qkv(), SoftMax(), backend="eager")
     assert called == ["attention_forward"]
 

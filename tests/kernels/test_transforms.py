@@ -1,4 +1,4 @@
-"""The compiled kernels under torch.compile, torch.export, torch.func, forward mode, and memory."""
+"""The C kernels under torch.compile, torch.export, torch.func, forward mode, and memory."""
 
 import subprocess
 import sys
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         self.normalizer, self.options = normalizer, options
 
     def forward(self, query, key, value):
-        return attention(query, key, value, self.normalizer, *self.options, backend="blockwise")
+        return attention(query, key, value, self.normalizer, *self.options, backend="c")
 
 
 @pytest.mark.parametrize("causal", [False, True])

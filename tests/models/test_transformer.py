@@ -95,9 +95,9 @@ def test_positions_skip_padding_and_never_end():
         f(2 * math.exp(-math.log(10000) * i / 3)) for f in (math.sin, math.cos) for i in range(4)
     ]
     torch.testing.assert_close(embeddings[1, 0], torch.tensor(expected))
-    allowed = torch.ones(1, 3000, dtype=torch.bool)
-    assert torch.equal(positions(allowed, 3000)[:, :2], embeddings[1:, :2])
-    assert torch.equal(positions(allowed, 1), positions(allowed, 3000)[:, -1:])
+    token_mask = torch.ones(1, 3000, dtype=torch.bool)
+    assert torch.equal(positions(token_mask, 3000)[:, :2], embeddings[1:, :2])
+    assert torch.equal(positions(token_mask, 1), positions(token_mask, 3000)[:, -1:])
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
@@ -163,7 +163,7 @@ def test_output_layer_is_the_normalizer_of_the_scores(name):
     close(log_probabilities.exp(), probabilities)
     assert ((log_probabilities == -math.inf) == (probabilities == 0)).all()
     sparse = name not in ("softmax", "multimax")
-    assert (probabilities == 0).any() == sparse
+    assert (probabilities == 0).any() == model.output.sparse == sparse
     expected = output_loss(model.output.normalizer, scores, targets, label_smoothing=0.1)
     close(model.output.loss(features, targets, label_smoothing=0.1), expected)
 

@@ -30,7 +30,8 @@ def test_probabilities_sum_to_one_over_the_whole_vocabulary(name):
     log_probabilities = model.output.log_probabilities(features)
     close(log_probabilities.exp(), probabilities)
     assert ((log_probabilities == -math.inf) == (probabilities == 0)).all()
-    assert (probabilities == 0).any() == (name not in ("softmax", "multimax"))
+    sparse = name not in ("softmax", "multimax")
+    assert (probabilities == 0).any() == model.output.sparse == sparse
 
 
 def test_probability_of_a_rare_word_is_that_of_its_band_times_its_own():

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
+from multimax import LogitNormalizer, Normalizer
+
 # Dyadic numbers: sums and shifts of them are exact, so that ties and means do not move.
 dyadic_rows = st.lists(st.integers(-64, 64).map(lambda n: n / 8), min_size=1, max_size=9)
 
@@ -79,10 +81,10 @@ def test_a_mask_is_the_same_as_leaving_entries_out(normalizer, scores, mask):
     probabilities = normalizer(scores, mask=mask)
     mask = mask.expand_as(scores)
     for row in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)).tolist():
-        allowed = mask[tuple(row)]
-        if allowed.any():
-            alone = normalizer(scores[tuple(row)][allowed])
-            torch.testing.assert_close(probabilities[tuple(row)][allowed], alone)
+        kept = mask[tuple(row)]
+        if kept.any():
+            alone = normalizer(scores[tuple(row)][kept])
+            torch.testing.assert_close(probabilities[tuple(row)][kept], alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -164,6 +166,60 @@ def test_round_trips(normalizer, scores, way):
         )
     assert torch.equal(twin(scores), expected)
     assert repr(twin) == repr(normalizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [-1, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_log_probabilities(normalizer, scores, mask, masked, dim, dtype):
+    scores, given = scores.to(dtype), mask if masked else None
+    log_p = normalizer.log_probabilities(scores, dim, given)
+    p = normalizer(scores.float(), dim, given)
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p.exp(), p)
+    assert torch.equal(log_p == -math.inf, p == 0)
+
+
+def test_log_probabilities_of_a_mask_that_is_not_boolean(normalizer, scores, mask):
+    with pytest.raises(ValueError, match="mask must be boolean"):
+        normalizer.log_probabilities(scores, mask=mask.float())
+
+
+def test_sparse_is_to_give_exact_zeros_in_evaluation(normalizer):
+    """Of a dense normalizer, also the logarithm of what underflows is finite."""
+    log_p = normalizer.eval().log_probabilities(100 * torch.randn(4, 300))
+    assert (log_p == -math.inf).any() == normalizer.sparse
+
+
+def test_logits_of_what_is_dense_are_those_of_the_distribution(normalizer, scores):
+    if not normalizer.sparse:
+        torch.testing.assert_close(normalizer.logits(scores).softmax(-1), normalizer(scores))
+
+
+def test_a_new_normalizer_of_logits_is_dense(scores):
+    class Halved(LogitNormalizer):
+        def logits(self, scores, dim=-1, mask=None):
+            return scores / 2
+
+        def forward(self, scores, dim=-1, mask=None):
+            return (scores / 2).softmax(dim)
+
+    class Any(Normalizer):
+        def forward(self, scores, dim=-1, mask=None):
+            return scores.softmax(dim)
+
+    assert not Halved().sparse
+    assert torch.equal(Halved().log_probabilities(scores, 1), (scores / 2).log_softmax(1))
+    assert Any().sparse
+    assert torch.equal(Any().log_probabilities(scores), scores.softmax(-1).log())
+
+
+def test_modulation_may_precede_the_mask(normalizer, scores, mask):
+    modulated = normalizer.modulate(scores)
+    assert modulated.shape == scores.shape
+    p = normalizer.normalize_modulated(modulated, mask=mask)
+    torch.testing.assert_close(p, normalizer(scores, mask=mask))
+    torch.testing.assert_close(normalizer.modulate(scores[0]), modulated[0])
 
 
 def test_no_rows(normalizer):

@@ -8,18 +8,18 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor
 
 from multimax.functional import masked_softmax, to_compute_precision
-from multimax.normalizers import ModulatedSoftMax, Normalizer, build_normalizer
+from multimax.normalizers import Normalizer, build_normalizer
 
 
 def normalize_attention(
-    attention: MultiheadAttention, normalizer: Mapping[str, Any], plain_incremental: bool = False
+    attention: MultiheadAttention, normalizer: Mapping[str, Any], official_mismatch: bool = False
 ) -> None:
     """Give a module of fairseq another normalizer, in place; names of parameters stay.
 
     Args:
         attention: the module.
         normalizer: name and options. Plain SoftMax leaves the module as it is.
-        plain_incremental: plain SoftMax in incremental decoding, as in the official code.
+        official_mismatch: plain SoftMax in incremental decoding, as in the official code.
 
     Raises:
         ValueError: the module uses xFormers, which does its own normalization.
@@ -30,7 +30,7 @@ def normalize_attention(
         raise ValueError("xFormers attention takes no normalizer: leave *_xformers_att_config out")
     attention.__class__ = NormalizedAttention
     attention.normalizer = build_normalizer(**normalizer)
-    attention.plain_incremental = plain_incremental
+    attention.official_mismatch = official_mismatch
     # fairseq's switch for its own code instead of torch's fused attention, which has no hook.
     attention._set_skip_embed_dim_check()
 
@@ -44,14 +44,12 @@ class NormalizedAttention(MultiheadAttention):
     """
 
     normalizer: Normalizer
-    plain_incremental: bool
+    official_mismatch: bool
     _plain = False
 
     def apply_sparse_mask(self, attn_weights: Tensor, *_: Any) -> Tensor:
         """The scores that are masked next; fairseq calls this between QK^T and the masks."""
-        if isinstance(self.normalizer, ModulatedSoftMax) and not self._plain:
-            return self.normalizer.modulate(attn_weights)
-        return attn_weights
+        return attn_weights if self._plain else self.normalizer.modulate(attn_weights)
 
     def forward(
         self,
@@ -60,11 +58,11 @@ class NormalizedAttention(MultiheadAttention):
         value: Tensor | None,
         need_weights: bool = True,
         need_head_weights: bool = False,
-        incremental_state: dict | None = None,
+        incremental_state: dict[str, Any] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Arguments and results are those of the stock module."""
-        self._plain = self.plain_incremental and incremental_state is not None
+        self._plain = self.official_mismatch and incremental_state is not None
         scores, values = super().forward(
             query,
             key,
@@ -85,12 +83,15 @@ class NormalizedAttention(MultiheadAttention):
 
     def _normalize(self, scores: Tensor, rows: int) -> Tensor:
         """Probabilities, fp32 or wider, of masked scores (rows * heads, targets, sources)."""
-        allowed = scores != -torch.inf
+        mask = scores != -torch.inf
         scores = to_compute_precision(scores)
-        if self._plain or isinstance(self.normalizer, ModulatedSoftMax):
-            return masked_softmax(scores, -1, allowed)
+        if self._plain:
+            return masked_softmax(scores, -1, mask)
         by_head = (rows, self.num_heads, *scores.shape[1:])
-        return self.normalizer(scores.view(by_head), mask=allowed.view(by_head)).view(scores.shape)
+        probabilities = self.normalizer.normalize_modulated(
+            scores.view(by_head), mask=mask.view(by_head)
+        )
+        return probabilities.view(scores.shape)
 
     def _weighted_sum(self, probabilities: Tensor, values: Tensor, rows: int) -> Tensor:
         """(rows * heads, targets, head_dim), also where hypotheses share the values of a source."""

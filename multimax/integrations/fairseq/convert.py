@@ -27,7 +27,7 @@ CLASSES = {model.__name__: model for model in (LanguageModel, TranslationModel)}
 PADDING = 1  # of every dictionary of fairseq
 LONGEST = 4096  # ours has no longest sentence; fairseq refuses what is longer than the model says
 # What our Transformer can be only in one way, in the words of fairseq.
-FIXED = {
+FIXED: dict[str, Any] = {
     "activation_fn": "relu",
     "base_layers": 0,
     "character_embeddings": False,

@@ -30,7 +30,7 @@ class OutputLossConfig(FairseqDataclass):
 class OutputLoss(FairseqCriterion):
     """The loss of the output normalizer, `multimax.losses.output_loss`, in nats per token.
 
-    A sparse output has its Fenchel-Young loss, which is no likelihood: no perplexity is logged.
+    That of a sparse output is no likelihood of what it gives: no perplexity is logged.
 
     Args:
         task: the task.

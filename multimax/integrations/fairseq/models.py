@@ -25,14 +25,15 @@ from multimax.integrations.fairseq.output import decoder_output, has_likelihood,
 from multimax.integrations.fairseq.safe_globals import SAFE_GLOBALS
 from multimax.integrations.fairseq.specification import format_normalizer, parse_normalizer
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # fairseq loads with torch's defaults, which refuse its own checkpoints of translation models.
 torch.serialization.add_safe_globals(SAFE_GLOBALS)
 
 ATTENTION_HELP = "normalizer of all attention, such as multimax, softmax or topk:k=100"
 OUTPUT_HELP = (
-    "normalizer of the output layer; sparsemax and entmax need --criterion multimax_output_loss"
+    "normalizer of the output layer; a sparse one (topk, sparsemax, entmax, evsoftmax) needs "
+    "--criterion multimax_output_loss"
 )
 MISMATCH_HELP = (
     "as the official code does, use plain SoftMax in incremental decoding and in cross-attention"
@@ -61,7 +62,7 @@ class NormalizedModel:
         return model
 
     def get_normalized_probs(
-        self, net_output: tuple, log_probs: bool, sample: dict[str, Tensor] | None = None
+        self, net_output: tuple[Any, ...], log_probs: bool, sample: dict[str, Tensor] | None = None
     ) -> Tensor:
         """As the stock method.
 
@@ -89,8 +90,7 @@ def install_normalizers(model: nn.Module, args: Any) -> None:
     with torch.random.fork_rng(devices=[]):
         for name, attention in attentions:
             place = "cross" if attention.encoder_decoder_attention else name.split(".")[0]
-            plain_incremental = mismatch and place == "decoder"
-            normalize_attention(attention, chosen[place], plain_incremental)
+            normalize_attention(attention, chosen[place], mismatch and place == "decoder")
             used[place] = chosen[place]
         normalize_output(model.decoder, chosen["output"])
         used["output"] = chosen["output"]
@@ -148,9 +148,9 @@ class MultiMaxTranslationModel(NormalizedModel, TransformerModel):
         parser.add_argument("--official-mismatch", action="store_true", help=MISMATCH_HELP)
 
 
-for stock in ("transformer_lm", "transformer"):
-    for architecture in ARCH_MODEL_INV_REGISTRY[stock]:
-        if f"multimax_{architecture}" not in ARCH_CONFIG_REGISTRY:
-            register_model_architecture(f"multimax_{stock}", f"multimax_{architecture}")(
-                ARCH_CONFIG_REGISTRY[architecture]
+for _stock in ("transformer_lm", "transformer"):
+    for _architecture in ARCH_MODEL_INV_REGISTRY[_stock]:
+        if f"multimax_{_architecture}" not in ARCH_CONFIG_REGISTRY:
+            register_model_architecture(f"multimax_{_stock}", f"multimax_{_architecture}")(
+                ARCH_CONFIG_REGISTRY[_architecture]
             )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from multimax.functional import to_compute_precision
 from multimax.losses import output_loss
-from multimax.normalizers import LogitNormalizer, Normalizer, build_normalizer
+from multimax.normalizers import Normalizer, build_normalizer
 
 
 def normalize_output(decoder: nn.Module, normalizer: Mapping[str, Any]) -> None:
@@ -46,24 +46,22 @@ def decoder_output(decoder: nn.Module) -> nn.Module:
 
 
 def has_likelihood(output: nn.Module) -> bool:
-    """False for an output that gives probabilities of exactly 0, whose logarithm is infinite."""
+    """False for an output that can give probabilities of exactly 0, whose logarithm is infinite."""
     if isinstance(output, NormalizedAdaptiveSoftmax):
-        return isinstance(output.normalizers[0], LogitNormalizer)
-    return not isinstance(output, NormalizedOutput) or isinstance(
-        output.normalizer, LogitNormalizer
-    )
+        return not output.normalizers[0].sparse
+    return not (isinstance(output, NormalizedOutput) and output.normalizer.sparse)
 
 
 def _log(normalizer: Normalizer, scores: Tensor) -> Tensor:
     """Log-probabilities, fp32 or wider; about -87 for 0, so that beam search can always end."""
-    if isinstance(normalizer, LogitNormalizer):
-        return torch.log_softmax(normalizer.logits(scores), -1)
+    if not normalizer.sparse:
+        return normalizer.log_probabilities(scores)
     probabilities = normalizer(to_compute_precision(scores))
     return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
 
 
 def _refuse_likelihood(normalizer: Normalizer | nn.Module) -> None:
-    if not isinstance(normalizer, LogitNormalizer):
+    if normalizer.sparse:
         raise ValueError(
             f"the log-likelihood of the sparse output {type(normalizer).__name__} is infinite: "
             "train and validate with --criterion multimax_output_loss"
@@ -82,7 +80,7 @@ class NormalizedOutput(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
         """(..., words) logits, fp32 or wider."""
         scores = super().forward(features)
-        if isinstance(self.normalizer, LogitNormalizer):
+        if not self.normalizer.sparse:
             return self.normalizer.logits(scores)
         if self.training:
             _refuse_likelihood(self.normalizer)
@@ -111,7 +109,7 @@ class NormalizedAdaptiveSoftmax(AdaptiveSoftmax):
 
     normalizers: nn.ModuleList
 
-    def forward(self, input: Tensor, target: Tensor) -> tuple[list, list]:
+    def forward(self, input: Tensor, target: Tensor) -> tuple[list[Any], list[Any]]:
         """Logits and targets of the head and the bands; None for a band without a target."""
         _refuse_likelihood(self.normalizers[0])
         scores, targets = super().forward(input, target)

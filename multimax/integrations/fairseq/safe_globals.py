@@ -1,6 +1,7 @@
 """What fairseq's checkpoints hold besides tensors, for torch.load without running their code."""
 
 import argparse
+from typing import Any
 
 import numpy as np
 
@@ -8,7 +9,7 @@ _RECONSTRUCT = np.empty(0).__reduce__()[0]
 _SCALAR = np.float64(0).__reduce__()[0]
 
 # The arguments of a translation model, and the meters of `--eval-bleu`; "numpy.core" is numpy 1.
-SAFE_GLOBALS = [
+SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     np.ndarray,
     np.dtype,

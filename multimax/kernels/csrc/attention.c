@@ -9,7 +9,7 @@
 #define TILE_ENTRIES                                                                               \
     65536               /* of the scores of a tile, which share the L2 cache with keys and values */
 #define MOST_QUERIES 64 /* of a tile */
-#define LEAST_TASKS 16  /* of the backward pass, whatever the number of threads */
+#define LEAST_SHARES 16 /* of the backward pass, whatever the number of threads */
 
 typedef struct {
     int64_t batch, heads, key_heads, queries, keys, dim, value_dim;
@@ -27,6 +27,8 @@ typedef struct {
     const real *coefficients;
     double *sums; /* gradients of the coefficients, or NULL */
 } Attention;
+
+LAYOUT(Attention, sums)
 
 /* What a thread works with. Widths are padded to whole tiles of the matrix product. */
 typedef struct {
@@ -187,10 +189,10 @@ int attention_forward(const Attention *a) {
         }
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t task = 0; task < a->batch * a->heads * tiles; task++) {
+        for (int64_t index = 0; index < a->batch * a->heads * tiles; index++) {
             if (failed) continue;
-            int64_t q = task % tiles * tile, h = task / tiles % a->heads,
-                    b = task / tiles / a->heads;
+            int64_t q = index % tiles * tile, h = index / tiles % a->heads,
+                    b = index / tiles / a->heads;
             int64_t rows = a->queries - q < tile ? a->queries - q : tile;
             pack(&space, a, b, h / (a->heads / a->key_heads), 0);
             forward_tile(&space, a, m, b, h, q, rows);
@@ -201,8 +203,8 @@ int attention_forward(const Attention *a) {
 }
 
 /* All queries of a share of the tiles, in every head that uses this key head. */
-static void backward_task(Space *s, const Attention *a, Modulator m, int64_t b, int64_t key_head,
-                          int64_t start, int64_t end, double *sums) {
+static void backward_share(Space *s, const Attention *a, Modulator m, int64_t b, int64_t key_head,
+                           int64_t start, int64_t end, double *sums) {
     int64_t group = a->heads / a->key_heads;
     pack(s, a, b, key_head, 1);
     memset(s->d_key, 0, a->keys * s->dim * sizeof(real));
@@ -225,10 +227,10 @@ int attention_backward(const Attention *a) {
     Modulator m = modulator(a->coefficients, (int)a->order);
     int64_t heads = a->batch * a->key_heads, tile = tile_rows(a);
     int64_t tiles = (a->queries + tile - 1) / tile,
-            shares = (LEAST_TASKS + heads - 1) / (heads + !heads);
+            shares = (LEAST_SHARES + heads - 1) / (heads + !heads);
     shares = shares > tiles ? tiles : shares;
-    int64_t share = shares ? (tiles + shares - 1) / shares * tile : 0, tasks = heads * shares;
-    Sums *partial = a->sums ? calloc(tasks + 1, sizeof(Sums)) : NULL;
+    int64_t share = shares ? (tiles + shares - 1) / shares * tile : 0, total = heads * shares;
+    Sums *partial = a->sums ? calloc(total + 1, sizeof(Sums)) : NULL;
     int failed = a->sums && !partial;
 #pragma omp parallel num_threads(a->threads)
     {
@@ -239,11 +241,11 @@ int attention_backward(const Attention *a) {
         }
 #pragma omp barrier
 #pragma omp for schedule(static, 1) ordered
-        for (int64_t task = 0; task < tasks; task++) {
-            int64_t head = task % heads, b = head / a->key_heads, start = task / heads * share;
+        for (int64_t index = 0; index < total; index++) {
+            int64_t head = index % heads, b = head / a->key_heads, start = index / heads * share;
             int64_t end = start + share < a->queries ? start + share : a->queries;
-            double *sums = partial ? partial[task].values : NULL;
-            if (!failed) backward_task(&space, a, m, b, head % a->key_heads, start, end, sums);
+            double *sums = partial ? partial[index].values : NULL;
+            if (!failed) backward_share(&space, a, m, b, head % a->key_heads, start, end, sums);
 #pragma omp ordered
             if (!failed) {
                 add_rows(space.d_key, space.dim, a->d_key + head * a->keys * a->dim, a->keys,
@@ -254,6 +256,6 @@ int attention_backward(const Attention *a) {
         }
         free(space.memory);
     }
-    add_up(a->sums, partial, failed ? 0 : tasks, (int)a->order);
+    add_up(a->sums, partial, failed ? 0 : total, (int)a->order);
     return failed;
 }

@@ -11,6 +11,8 @@ typedef struct {
     int64_t gradient;      /* whether the scores become their gradient */
 } Target;
 
+LAYOUT(Target, gradient)
+
 INLINE double sum_row(const real *y, int64_t n) {
     double total = 0;
     for (int64_t start = 0; start < n; start += SEGMENT) {

@@ -2,6 +2,7 @@
    Compiled once for float and once for double (-DDOUBLE). */
 #pragma once
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -61,8 +62,14 @@ INLINE real sum_of(vector v) {
     return sum;
 }
 
-/* Rows of scores: outer x heads x queries of them, each with `columns` entries. Mirrored, as the
-   other structures, in compiled.py. */
+/* What c_library.py compares of a structure with its own: size, and offset of the last field. */
+#define LAYOUT(structure, last)                                                                    \
+    void layout_of_##structure(int64_t *layout) {                                                  \
+        layout[0] = sizeof(structure);                                                             \
+        layout[1] = offsetof(structure, last);                                                     \
+    }
+
+/* Rows of scores: outer x heads x queries of them, each with `columns` entries. */
 typedef struct {
     int64_t outer, heads, queries, columns;
     const uint8_t *mask;                       /* 1: may receive mass; NULL: all may */

@@ -3,6 +3,8 @@
 
 #define STEP 1024 /* entries */
 
+LAYOUT(Rows, threads)
+
 int softmax_forward(const Rows *rows, int order, const real *coefficients, const real *x, real *p) {
     Modulator m = modulator(coefficients, order);
     int64_t count = row_count(rows), size = rows_in_chunk(rows);

@@ -1,4 +1,4 @@
-"""SoftMax of modulated scores, sparsemax and 1.5-entmax on the CPU, by the compiled kernels.
+"""SoftMax of modulated scores, sparsemax and 1.5-entmax on the CPU, by the C kernels.
 
 The definitions are in `multimax.functional` and, of the thresholds, in `multimax.normalizers`.
 """
@@ -11,19 +11,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from multimax import functional
-from multimax.kernels import compiled
+from multimax.kernels import c_library
 from multimax.kernels.backend import chosen_backend
 
 MOST_ORDER = 2  # of the modulator
 
 
 def usable(scores: Tensor) -> bool:
-    """Whether `scores` go through the compiled kernels, unless eager is asked for."""
+    """Whether `scores` go through the C kernels, unless eager is asked for."""
     return chosen_backend() != "eager" and obstacle(scores) is None
 
 
 def obstacle(tensor: Tensor) -> str | None:
-    """Why the compiled kernels cannot work on a floating-point tensor; None if they can."""
+    """Why the C kernels cannot work on a floating-point tensor; None if they can."""
     if tensor.device.type != "cpu":
         return f"the tensors are on {tensor.device}, it runs on the CPU"
     if tensor.numel() == 0 or tensor.dim() == 0:
@@ -32,7 +32,7 @@ def obstacle(tensor: Tensor) -> str | None:
         return "exported programs hold torch operations alone"
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "function transforms such as vmap need torch operations"
-    return compiled.unavailable()
+    return c_library.unavailable()
 
 
 def modulated_softmax(
@@ -166,11 +166,11 @@ def contiguous_rows(mask: Tensor) -> Tensor:
 def _describe(shape: torch.Size, mask: Tensor | None) -> Any:
     """The rows of a contiguous tensor, for the kernels; holds on to the mask."""
     (outer, heads, queries, columns), mask = _four_dimensions(shape, mask)
-    rows = compiled.Rows(
+    rows = c_library.Rows(
         outer=outer, heads=heads, queries=queries, columns=columns, threads=torch.get_num_threads()
     )
     if mask is not None:
-        rows.mask, rows.held = compiled.address(mask), mask
+        rows.mask, rows.held = c_library.address(mask), mask
         rows.mask_outer, rows.mask_head, rows.mask_query, _ = mask.stride()
     return rows
 
@@ -180,7 +180,7 @@ def _softmax_forward(x: Tensor, coefficients: Tensor, mask: Tensor | None) -> Te
     p = torch.empty_like(x)
     order = order_of(coefficients)
     rows = _describe(x.shape, mask)
-    compiled.call(x.dtype, "softmax_forward", rows, order, coefficients, x, p)
+    c_library.call(x.dtype, "softmax_forward", rows, order, coefficients, x, p)
     return p
 
 
@@ -197,7 +197,7 @@ def _softmax_backward(
     sums = torch.zeros(coefficients.shape, dtype=torch.float64)
     rows = _describe(x.shape, mask)
     order, into = order_of(coefficients), sums if learned else None
-    compiled.call(x.dtype, "softmax_backward", rows, order, coefficients, x, p, grad, dx, into)
+    c_library.call(x.dtype, "softmax_backward", rows, order, coefficients, x, p, grad, dx, into)
     return dx, sums.to(x.dtype)
 
 
@@ -209,7 +209,7 @@ def _(x, coefficients, mask, p, grad, learned):
 @torch.library.custom_op("multimax::threshold_forward", mutates_args=())
 def _threshold_forward(x: Tensor, squared: bool, mask: Tensor | None) -> Tensor:
     p = torch.empty_like(x)
-    compiled.call(x.dtype, "threshold_forward", _describe(x.shape, mask), squared, x, p)
+    c_library.call(x.dtype, "threshold_forward", _describe(x.shape, mask), squared, x, p)
     return p
 
 
@@ -222,7 +222,7 @@ def _(x, squared, mask):
 def _threshold_backward(p: Tensor, squared: bool, grad: Tensor) -> Tensor:
     dx = torch.empty_like(p)
     rows = _describe(p.shape, None)
-    compiled.call(p.dtype, "threshold_backward", rows, squared, p, grad, dx)
+    c_library.call(p.dtype, "threshold_backward", rows, squared, p, grad, dx)
     return dx
 
 
@@ -234,7 +234,7 @@ def _(p, squared, grad):
 @torch.library.custom_op("multimax::kth_largest", mutates_args=())
 def _kth_largest(x: Tensor, k: int, mask: Tensor | None) -> Tensor:
     kth = x.new_empty(x.shape[:-1])
-    compiled.call(x.dtype, "kth_largest", _describe(x.shape, mask), k, x, kth)
+    c_library.call(x.dtype, "kth_largest", _describe(x.shape, mask), k, x, kth)
     return kth
 
 

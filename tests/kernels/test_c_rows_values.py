@@ -1,4 +1,4 @@
-"""The compiled normalizers where numbers end: NaN, infinities, extremes, and what masks hide."""
+"""The C kernels of normalizers where numbers end: NaN, infinities, extremes, what masks hide."""
 
 import math
 

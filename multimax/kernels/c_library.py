@@ -34,20 +34,20 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
 
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _STRIDES = ctypes.c_int64 * 3
-# The structures of csrc, which explains their fields.
-Rows = _structure(
+# The structures of csrc, which explains their fields; they are compared when it is loaded.
+Rows: type[ctypes.Structure] = _structure(
     "Rows",
     **dict.fromkeys(("outer", "heads", "queries", "columns"), _INT64),
     mask=_POINTER,
     **dict.fromkeys(("mask_outer", "mask_head", "mask_query", "threads"), _INT64),
 )
-Target = _structure(
+Target: type[ctypes.Structure] = _structure(
     "Target",
     **dict.fromkeys(("target", "soft", "weight"), _POINTER),
     smoothing=ctypes.c_double,
     **dict.fromkeys(("ignored", "gradient"), _INT64),
 )
-Attention = _structure(
+Attention: type[ctypes.Structure] = _structure(
     "Attention",
     **dict.fromkeys(("batch", "heads", "key_heads", "queries", "keys", "dim", "value_dim"), _INT64),
     **dict.fromkeys(("query", "key", "value", "out", "d_out"), _POINTER),
@@ -61,9 +61,10 @@ Attention = _structure(
     **dict.fromkeys(("threads", "order"), _INT64),
     **dict.fromkeys(("coefficients", "sums"), _POINTER),
 )
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (Rows, Target, Attention)
 
-_ROWS, _TARGET, _ATTENTION = map(ctypes.POINTER, (Rows, Target, Attention))
-SIGNATURES = {
+_ROWS, _TARGET, _ATTENTION = map(ctypes.POINTER, STRUCTURES)
+SIGNATURES: dict[str, list[Any]] = {
     "softmax_forward": [_ROWS, _INT, *[_POINTER] * 3],
     "softmax_backward": [_ROWS, _INT, *[_POINTER] * 6],
     "threshold_forward": [_ROWS, _INT, *[_POINTER] * 2],
@@ -75,7 +76,7 @@ SIGNATURES = {
         *[_INT64] * 3,
         _INT,
         *[_POINTER] * 2,
-        ctypes.POINTER(Target),
+        _TARGET,
         *[_POINTER] * 2,
     ],
 }
@@ -103,7 +104,7 @@ def address(tensor: torch.Tensor) -> int:
 
 
 def unavailable() -> str | None:
-    """Why there are no compiled kernels, which is also warned of once; None if there are.
+    """Why there are no C kernels, which is also warned of once; None if there are.
 
     The first call compiles them if need be.
     """
@@ -138,7 +139,22 @@ def _library_or_reason(dtype: torch.dtype) -> ctypes.CDLL | str:
         return f"{shlex.join(compiler)} failed: {details.strip()[-500:]}"
     for name, arguments in SIGNATURES.items():
         getattr(library, name).argtypes = arguments
-    return library
+    return _mismatch(library) or library
+
+
+def _mismatch(library: ctypes.CDLL) -> str | None:
+    """A structure that is another one in the library, which would write anywhere; None if none."""
+    for structure in STRUCTURES:
+        layout = (ctypes.c_int64 * 2)()
+        getattr(library, f"layout_of_{structure.__name__}")(layout)
+        last, *_ = structure._fields_[-1]
+        expected = [ctypes.sizeof(structure), getattr(structure, last).offset]
+        if list(layout) != expected:
+            return (
+                f"structure {structure.__name__} has size and last offset {list(layout)} in csrc, "
+                f"but {expected} in c_library.py"
+            )
+    return None
 
 
 def _compiler() -> list[str] | None:
@@ -175,10 +191,10 @@ def _compile(compiler: list[str], dtype: torch.dtype) -> Path:
         built = Path(folder) / "kernels.so"
         _run_compiler(compiler, [*macros, *units, "-o", str(built), "-lm"])
         content = built.read_bytes()
-    compiled = _cache() / f"{name}-{digest(content)}.so"
+    library = _cache() / f"{name}-{digest(content)}.so"
     remedy = "The kernels cannot be kept there: set XDG_CACHE_HOME to another folder"
-    write_atomically(compiled, lambda stream: stream.write(content), remedy, several_writers=True)
-    return compiled
+    write_atomically(library, lambda stream: stream.write(content), remedy, several_writers=True)
+    return library
 
 
 def _run_compiler(compiler: list[str], arguments: list[str]) -> None:

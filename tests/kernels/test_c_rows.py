@@ -1,4 +1,4 @@
-"""The compiled normalizers against their eager definition, and against torch and entmax."""
+"""The C kernels of normalizers against their eager definition, and against torch and entmax."""
 
 import itertools
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from multimax.functional import eager_attention, modulated_softmax, repeat_heads
-from multimax.kernels import compiled
-from multimax.kernels.compiled import address
-from multimax.kernels.rows import contiguous_rows, differentiable_gradients, order_of
+from multimax.kernels import c_library
+from multimax.kernels.c_library import address
+from multimax.kernels.c_rows import contiguous_rows, differentiable_gradients, order_of
 
 
-def blockwise_attention(
+def c_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -98,10 +98,10 @@ def _attention_forward(
     q, k, v = (_for_kernel(tensor) for tensor in (query, key, value))
     out = _new_out(q, v)
     statistics = q.new_empty(*q.shape[:-1], 2)
-    task = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
-    task.out, task.out_strides = address(out), _strides(out)
-    task.statistics = address(statistics)
-    compiled.call(q.dtype, "attention_forward", task)
+    arguments = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
+    arguments.out, arguments.out_strides = address(out), _strides(out)
+    arguments.statistics = address(statistics)
+    c_library.call(q.dtype, "attention_forward", arguments)
     return out.to(query.dtype), statistics
 
 
@@ -131,14 +131,14 @@ def _attention_backward(
     of_out = _for_kernel(out)
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     sums = torch.zeros(coefficients.shape, dtype=torch.float64)
-    task = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
-    task.out, task.out_strides = address(of_out), _strides(of_out)
-    task.statistics = address(statistics)
-    task.d_out, task.d_out_strides = address(d_out), _strides(d_out)
-    task.d_query, task.d_key, task.d_value = address(dq), address(dk), address(dv)
+    arguments = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
+    arguments.out, arguments.out_strides = address(of_out), _strides(of_out)
+    arguments.statistics = address(statistics)
+    arguments.d_out, arguments.d_out_strides = address(d_out), _strides(d_out)
+    arguments.d_query, arguments.d_key, arguments.d_value = address(dq), address(dk), address(dv)
     if learned:
-        task.sums = address(sums)
-    compiled.call(q.dtype, "attention_backward", task)
+        arguments.sums = address(sums)
+    c_library.call(q.dtype, "attention_backward", arguments)
     sums[0] *= scale
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), sums.to(coefficients.dtype)
 
@@ -154,7 +154,7 @@ def _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale) -> Any:
     """The attention for the kernels, but for what it writes; holds on to what is made here."""
     folded = coefficients.clone()
     folded[0] *= scale
-    task = compiled.Attention(
+    arguments = c_library.Attention(
         batch=q.size(0), heads=q.size(1), key_heads=k.size(1), queries=q.size(2), keys=k.size(2),
         dim=q.size(3), value_dim=v.size(3),
         query=address(q), key=address(k), value=address(v),
@@ -163,12 +163,12 @@ def _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale) -> Any:
         threads=torch.get_num_threads(), order=order_of(coefficients),
         coefficients=address(folded),
     )  # fmt: skip
-    task.held = [folded]
+    arguments.held = [folded]
     if mask is not None:
         mask = contiguous_rows(mask.expand(*q.shape[:3], k.size(2)))
-        task.mask, task.mask_strides = address(mask), _strides(mask)
-        task.held.append(mask)
-    return task
+        arguments.mask, arguments.mask_strides = address(mask), _strides(mask)
+        arguments.held.append(mask)
+    return arguments
 
 
 def _new_out(query: Tensor, value: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import ctypes
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,15 +20,15 @@ import pytest
 import torch
 from definition import needs_kernels
 
-from multimax.kernels import compiled
+from multimax.kernels import c_library
 
 ROOT = Path(__file__).parents[2]
 
 
 def load(dtype=torch.float32):
     """The library or the reason why there is none, as in a new process."""
-    compiled._cache.cache_clear()
-    return compiled._library_or_reason.__wrapped__(dtype)
+    c_library._cache.cache_clear()
+    return c_library._library_or_reason.__wrapped__(dtype)
 
 
 @pytest.fixture
@@ -35,14 +36,14 @@ def cache(tmp_path, monkeypatch):
     """The folder where libraries are kept during the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield tmp_path / "cache" / "multimax"
-    compiled._cache.cache_clear()
+    c_library._cache.cache_clear()
 
 
 @pytest.fixture(scope="module")
 def library():
     """A library that has been compiled, for compilers to copy."""
-    yield compiled._compile(compiled._compiler(), torch.float32)
-    compiled._cache.cache_clear()
+    yield c_library._compile(c_library._compiler(), torch.float32)
+    c_library._cache.cache_clear()
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_the_cache_folder_is_below_the_home_by_default(tmp_path, monkeypatch, co
     compiler()
     assert isinstance(load(), ctypes.CDLL)
     assert len(list((tmp_path / ".cache" / "multimax").iterdir())) == 1
-    compiled._cache.cache_clear()
+    c_library._cache.cache_clear()
 
 
 @needs_kernels
@@ -113,9 +114,9 @@ def test_what_changes_the_library_is_part_of_its_name(cache, compiler, monkeypat
     load()
     compiler(version="2.0")
     load()
-    monkeypatch.setattr(compiled, "FLAGS", [*compiled.FLAGS, "-g"])
+    monkeypatch.setattr(c_library, "FLAGS", [*c_library.FLAGS, "-g"])
     load()
-    monkeypatch.setattr(compiled, "_processor", lambda: "another")
+    monkeypatch.setattr(c_library, "_processor", lambda: "another")
     load()
     assert compiler.runs() == len(list(cache.iterdir())) == 4
 
@@ -155,6 +156,33 @@ def test_what_is_compiled_cannot_be_loaded(cache, compiler):
     assert load().startswith(f"{script} failed: ")
 
 
+@needs_kernels
+@pytest.mark.parametrize("structure", c_library.STRUCTURES)
+@pytest.mark.parametrize("change", ["missing", "added", "wider", "last narrower"])
+def test_a_structure_that_is_another_one_in_c(monkeypatch, structure, change):
+    fields = dict(structure._fields_)
+    last = list(fields)[-1]
+    if change == "missing":
+        del fields[last]
+    elif change == "added":
+        fields["another"] = ctypes.c_int64
+    elif change == "wider":
+        fields[next(iter(fields))] = ctypes.c_int64 * 2
+    else:  # of the same size, but written elsewhere
+        del fields[last]
+        fields |= {"padding": ctypes.c_int32, last: ctypes.c_int32}
+    wrong = c_library._structure(structure.__name__, **fields)
+    monkeypatch.setattr(c_library, "STRUCTURES", (wrong,))
+    reason = load()
+    expected = rf"structure {structure.__name__} has size and last offset \[.*\] in csrc, but \["
+    assert re.match(expected, reason)
+    monkeypatch.setattr(c_library, "_library_or_reason", lambda dtype: reason)
+    with pytest.raises(RuntimeError, match=expected):
+        c_library.call(torch.float32, "softmax_forward")
+    with pytest.warns(UserWarning, match=expected):
+        assert c_library._warn_if_unavailable.__wrapped__() == reason
+
+
 @pytest.mark.parametrize("value", ["nowhere", "/nowhere/gcc -m64"])
 def test_no_such_compiler(cache, monkeypatch, value):
     monkeypatch.setenv("CC", value)
@@ -165,9 +193,9 @@ def test_no_compiler(cache, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     assert load() == "no C compiler was found; install gcc or clang, or set CC"
-    monkeypatch.setattr(compiled, "_library_or_reason", lambda dtype: "no C compiler was found")
+    monkeypatch.setattr(c_library, "_library_or_reason", lambda dtype: "no C compiler was found")
     with pytest.raises(RuntimeError, match="no C compiler was found"):
-        compiled.call(torch.float32, "softmax_forward")
+        c_library.call(torch.float32, "softmax_forward")
 
 
 @needs_kernels
@@ -184,7 +212,7 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, compiler, 
     assert isinstance(load(), ctypes.CDLL)
     (folder,) = tmp_path.glob("multimax-*")
     assert len(list(folder.iterdir())) == 1
-    compiled._cache.cache_clear()
+    c_library._cache.cache_clear()
 
 
 @needs_kernels
@@ -203,12 +231,12 @@ def test_two_processes_compile_at_once(cache, compiler):
 
 def test_what_the_kernels_answer(monkeypatch):
     library = SimpleNamespace(good=lambda *pointers: 0, bad=lambda *pointers: 1)
-    monkeypatch.setattr(compiled, "_library_or_reason", lambda dtype: library)
-    compiled.call(torch.float32, "good", torch.ones(3), None, 2)
+    monkeypatch.setattr(c_library, "_library_or_reason", lambda dtype: library)
+    c_library.call(torch.float32, "good", torch.ones(3), None, 2)
     with pytest.raises(MemoryError, match="no memory for the working space of bad"):
-        compiled.call(torch.float32, "bad")
+        c_library.call(torch.float32, "bad")
     with pytest.raises(ValueError, match="a tensor is on meta, the others are on the CPU"):
-        compiled.call(torch.float32, "good", torch.ones(3, device="meta"))
+        c_library.call(torch.float32, "good", torch.ones(3, device="meta"))
 
 
 # Every normalizer inside of attention, by default and by definition; what there was to say.
@@ -231,7 +259,7 @@ with warnings.catch_warnings(record=True) as caught:
         torch.testing.assert_close(results(normalizer, None), results(normalizer, "eager"))
 said = [str(warning.message) for warning in caught if "multimax" in str(warning.message)]
 try:
-    named = attention(*tensors, MultiMax(), backend="blockwise").shape
+    named = attention(*tensors, MultiMax(), backend="c").shape
 except ValueError as error:
     named = str(error)
 print(json.dumps([said, named]))
@@ -255,7 +283,7 @@ def test_without_a_compiler_all_works_and_a_warning_says_so_once(tmp_path):
     reason = "no C compiler was found; install gcc or clang, or set CC"
     said, named = run_everything(CC="", PATH="", XDG_CACHE_HOME=tmp_path)
     assert said == [f"multimax runs without its compiled CPU kernels: {reason}"]
-    assert named == f"backend 'blockwise' cannot compute this attention: {reason}"
+    assert named == f"backend 'c' cannot compute this attention: {reason}"
 
 
 @needs_kernels
@@ -265,7 +293,7 @@ def test_a_plain_compiler_and_no_place_to_keep_the_library(tmp_path):
     temporary.mkdir()
     script.write_text(
         '#!/bin/sh\ncase "$*" in *-fopenmp*|*-march*) exit 1;; esac\n'
-        f'exec {shlex.join(compiled._compiler())} "$@" -O1\n'  # which is quicker
+        f'exec {shlex.join(c_library._compiler())} "$@" -O1\n'  # which is quicker
     )
     script.chmod(0o755)
     said, named = run_everything(CC=script, XDG_CACHE_HOME=script, TMPDIR=temporary)
@@ -275,20 +303,21 @@ def test_a_plain_compiler_and_no_place_to_keep_the_library(tmp_path):
     assert [path for path in temporary.iterdir() if "torchinductor" not in path.name] == []
 
 
-def test_the_sources_are_in_the_wheel_and_in_the_source_distribution(tmp_path):
+def test_what_is_no_module_is_in_the_wheel_and_in_the_source_distribution(tmp_path):
     sources = {path.name for path in (resources.files("multimax.kernels") / "csrc").iterdir()}
     assert {"rows.h", "softmax.c", "attention.c"} <= sources
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "multimax/kernels", tmp_path / "multimax/kernels")
-    shutil.copy(ROOT / "multimax/__init__.py", tmp_path / "multimax")
+    for name in ("__init__.py", "py.typed"):
+        shutil.copy(ROOT / "multimax" / name, tmp_path / "multimax")
     build = "from setuptools.build_meta import *; build_wheel('dist'); build_sdist('dist')"
     done = subprocess.run(
         [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     (wheel,), (archive,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
-    needed = {f"multimax/kernels/csrc/{name}" for name in sources}
+    needed = {f"multimax/kernels/csrc/{name}" for name in sources} | {"multimax/py.typed"}
     assert needed <= set(zipfile.ZipFile(wheel).namelist())
     with tarfile.open(archive) as members:
         assert needed <= {name.partition("/")[2] for name in members.getnames()}
