@@ -232,7 +232,7 @@ def test_help_shows_experiments_and_examples(train):
         (["-m", "attention=softmax,multimx"], "error: .* Could not find 'attention/multimx'"),
         (
             ["trainer.batch_size=0"],
-            r"error: trainer\.batch_size=0 must be a whole number >= 1 \\(of one",
+            r"error: trainer\.batch_size=0 must be a whole number >= 1 \(of one",
         ),
         (["resume=/nowhere", *TINY], "error: no checkpoint at /nowhere: give the path"),
     ],

@@ -5,8 +5,9 @@ load with strict=True. Weights are drawn as fairseq draws them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from multimax.models.adaptive import AdaptiveInput, AdaptiveOutput
@@ -16,10 +17,12 @@ from multimax.models.transformer_stacks import (
     Decoder,
     EncodedSource,
     Encoder,
-    check_rates,
-    check_sizes,
+    check_heads,
     check_vocabulary,
 )
+from multimax.options import Count, Rate, Whole, checked
+
+EmbedDim = Annotated[int, Field(ge=4)]  # for sinusoidal positions
 
 __all__ = ["Cache", "EncodedSource", "LanguageModel", "TranslationModel"]
 
@@ -32,7 +35,7 @@ class LanguageModel(nn.Module):
     Args:
         vocabulary_size: number of words.
         padding_index: the word that stands for nothing.
-        embed_dim: width, >= 4 and a multiple of `num_heads`.
+        embed_dim: width, a multiple of `num_heads`.
         ffn_dim: width of the MLPs.
         depth: number of layers.
         num_heads: number of heads.
@@ -41,14 +44,14 @@ class LanguageModel(nn.Module):
         output: name and options of the output normalizer.
         pre_norm: normalize before each part of a layer, not after it.
         final_norm: with `pre_norm`, normalize the features.
-        dropout: in [0, 1), of the embeddings and of each part of a layer.
-        attention_dropout: in [0, 1), of the attention probabilities.
-        activation_dropout: in [0, 1), inside the MLPs.
+        dropout: of the embeddings and of each part of a layer.
+        attention_dropout: of the attention probabilities.
+        activation_dropout: inside the MLPs.
         tie_embeddings: one table for input and output words.
         adaptive_cutoffs: ends of the bands of an adaptive input and output, without the last;
             None for full ones.
         adaptive_factor: how much narrower each band is than the one before.
-        adaptive_dropout: in [0, 1), of the adaptive output.
+        adaptive_dropout: of the adaptive output.
         official_mismatch: as the official fairseq code does, use plain SoftMax in the place of
             the attention normalizer in incremental decoding (`step`), which thus differs from
             training.
@@ -59,37 +62,32 @@ class LanguageModel(nn.Module):
     Source: fairseq's `transformer_lm` (defaults) and `transformer_lm_wiki103`.
     """
 
+    @checked
     def __init__(
         self,
-        vocabulary_size: int,
-        padding_index: int,
+        vocabulary_size: Count,
+        padding_index: Whole,
         *,
-        embed_dim: int,
-        ffn_dim: int,
-        depth: int,
-        num_heads: int,
+        embed_dim: EmbedDim,
+        ffn_dim: Count,
+        depth: Count,
+        num_heads: Count,
         attention: Mapping[str, Any],
         output: Mapping[str, Any],
         pre_norm: bool = True,
         final_norm: bool = True,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        activation_dropout: float = 0.0,
+        dropout: Rate = 0.0,
+        attention_dropout: Rate = 0.0,
+        activation_dropout: Rate = 0.0,
         tie_embeddings: bool = True,
-        adaptive_cutoffs: Sequence[int] | None = None,
-        adaptive_factor: int = 4,
-        adaptive_dropout: float = 0.0,
+        adaptive_cutoffs: Sequence[Count] | None = None,
+        adaptive_factor: Count = 4,
+        adaptive_dropout: Rate = 0.0,
         official_mismatch: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(embed_dim=embed_dim, ffn_dim=ffn_dim, depth=depth, num_heads=num_heads)
+        check_heads(embed_dim, num_heads)
         check_vocabulary(vocabulary_size, padding_index)
-        check_rates(
-            dropout=dropout,
-            attention_dropout=attention_dropout,
-            activation_dropout=activation_dropout,
-            adaptive_dropout=adaptive_dropout,
-        )
         self.padding_index = padding_index
         if adaptive_cutoffs is None:
             embed_tokens = word_embedding(vocabulary_size, embed_dim, padding_index)
@@ -162,9 +160,10 @@ class TranslationModel(nn.Module):
         encoder_depth: number of layers of the encoder.
         decoder_depth: number of layers of the decoder.
         attention: name and options of the attention normalizer; each layer has its own.
-        encoder_attention: in self-attention of the encoder; None is `attention`.
-        decoder_attention: in self-attention of the decoder; None is `attention`.
-        cross_attention: in attention of the decoder to the source; None is `attention`.
+        encoder_attention: normalizer of self-attention in the encoder, a name, or name and options;
+            None is `attention`.
+        decoder_attention: likewise, of self-attention in the decoder.
+        cross_attention: likewise, of attention of the decoder to the source.
         output: name and options of the output normalizer.
         pre_norm: normalize before each part of a layer and at the end, not after each part.
         dropout, attention_dropout, activation_dropout, tie_embeddings: as in `LanguageModel`; the
@@ -179,44 +178,34 @@ class TranslationModel(nn.Module):
     Source: fairseq's `transformer_iwslt_de_en` (defaults).
     """
 
+    @checked
     def __init__(
         self,
-        source_vocabulary_size: int,
-        target_vocabulary_size: int,
-        padding_index: int,
+        source_vocabulary_size: Count,
+        target_vocabulary_size: Count,
+        padding_index: Whole,
         *,
-        embed_dim: int,
-        ffn_dim: int,
-        encoder_depth: int,
-        decoder_depth: int,
-        num_heads: int,
+        embed_dim: EmbedDim,
+        ffn_dim: Count,
+        encoder_depth: Count,
+        decoder_depth: Count,
+        num_heads: Count,
         attention: Mapping[str, Any],
         output: Mapping[str, Any],
-        encoder_attention: Mapping[str, Any] | None = None,
-        decoder_attention: Mapping[str, Any] | None = None,
-        cross_attention: Mapping[str, Any] | None = None,
+        encoder_attention: str | Mapping[str, Any] | None = None,
+        decoder_attention: str | Mapping[str, Any] | None = None,
+        cross_attention: str | Mapping[str, Any] | None = None,
         pre_norm: bool = False,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        activation_dropout: float = 0.0,
+        dropout: Rate = 0.0,
+        attention_dropout: Rate = 0.0,
+        activation_dropout: Rate = 0.0,
         tie_embeddings: bool = True,
         official_mismatch: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(
-            embed_dim=embed_dim,
-            ffn_dim=ffn_dim,
-            encoder_depth=encoder_depth,
-            decoder_depth=decoder_depth,
-            num_heads=num_heads,
-        )
+        check_heads(embed_dim, num_heads)
         check_vocabulary(source_vocabulary_size, padding_index)
         check_vocabulary(target_vocabulary_size, padding_index)
-        check_rates(
-            dropout=dropout,
-            attention_dropout=attention_dropout,
-            activation_dropout=activation_dropout,
-        )
         if official_mismatch:
             if cross_attention is not None:
                 raise ValueError(
@@ -226,10 +215,11 @@ class TranslationModel(nn.Module):
             cross_attention = {"name": "softmax"}
         self.padding_index = padding_index
 
-        def attend(own: Mapping[str, Any] | None, official_mismatch: bool = False) -> dict:
+        def attend(own: str | Mapping[str, Any] | None, official_mismatch: bool = False) -> dict:
+            named = {"name": own} if isinstance(own, str) else own
             return dict(
                 num_heads=num_heads,
-                normalizer=attention if own is None else own,
+                normalizer=named or attention,
                 dropout=attention_dropout,
                 official_mismatch=official_mismatch,
             )

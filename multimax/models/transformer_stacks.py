@@ -233,13 +233,8 @@ def _check_tied(decoder: nn.Module, state: dict, prefix: str, *_: Any) -> None:
         )
 
 
-def check_sizes(*, embed_dim: int, num_heads: int, **sizes: int) -> None:
-    """Raise ValueError for a size that is no positive integer, or heads that do not fit."""
-    for field, value in {"embed_dim": embed_dim, "num_heads": num_heads, **sizes}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{field} must be an integer >= 1, got {value!r}")
-    if embed_dim < 4:
-        raise ValueError(f"embed_dim must be >= 4 for sinusoidal positions, got {embed_dim}")
+def check_heads(embed_dim: int, num_heads: int) -> None:
+    """Raise ValueError for heads that do not share the width evenly."""
     if embed_dim % num_heads:
         raise ValueError(
             f"num_heads={num_heads} does not divide embed_dim={embed_dim}: "
@@ -249,12 +244,5 @@ def check_sizes(*, embed_dim: int, num_heads: int, **sizes: int) -> None:
 
 def check_vocabulary(size: int, padding_index: int) -> None:
     """Raise ValueError for a padding index that is not in the vocabulary."""
-    if not 0 <= padding_index < size:
-        raise ValueError(f"padding_index must be in [0, {size}), got {padding_index}")
-
-
-def check_rates(**rates: float) -> None:
-    """Raise ValueError for a dropout rate outside [0, 1)."""
-    for field, value in rates.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{field} must be in [0, 1), got {value}")
+    if padding_index >= size:
+        raise ValueError(f"padding_index={padding_index} must be less than {size}, the vocabulary")

@@ -3,7 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from multimax.attention import attention
 from multimax.models.official_names import rename_official_keys
 from multimax.normalizers import Normalizer, build_preserving_rng
+from multimax.options import Count, Positive, Rate, checked
 
 
 class NormalizedAttention(Attention):
@@ -104,26 +105,27 @@ def normalized_attention(name: str, **options: Any) -> type[NormalizedAttention]
     return type(f"NormalizedAttention[{name}]", (NormalizedAttention,), bound)
 
 
+@checked
 def build_vision_transformer(
     architecture: str = "deit_small_patch16_224",
     *,
     attention: Mapping[str, Any],
     output: Mapping[str, Any],
-    num_classes: int,
-    image_size: int,
-    in_channels: int = 3,
+    num_classes: Count,
+    image_size: Count,
+    in_channels: Count = 3,
     class_token: bool = False,
     qkv_bias: bool = False,
-    norm: str = "norm_then_pool",
+    norm: Literal["norm_then_pool", "pool_then_norm"] = "norm_then_pool",
     gradient_checkpointing: bool = False,
-    drop_path: float = 0.0,
-    dropout: float = 0.0,
-    attention_dropout: float = 0.0,
-    patch_size: int | None = None,
-    embed_dim: int | None = None,
-    depth: int | None = None,
-    num_heads: int | None = None,
-    mlp_ratio: float | None = None,
+    drop_path: Rate = 0.0,
+    dropout: Rate = 0.0,
+    attention_dropout: Rate = 0.0,
+    patch_size: Count | None = None,
+    embed_dim: Count | None = None,
+    depth: Count | None = None,
+    num_heads: Count | None = None,
+    mlp_ratio: Positive | None = None,
 ) -> VisionTransformer:
     """A timm vision transformer over any normalizer, with new weights (DeiT's initialization).
 
@@ -143,10 +145,10 @@ def build_vision_transformer(
         qkv_bias: biases in the query, key and value projection; the MultiMax paper has none.
         norm: "norm_then_pool" (the MultiMax paper) or "pool_then_norm" (timm's `fc_norm`).
         gradient_checkpointing: recompute each block in the backward pass, to save memory.
-        drop_path: in [0, 1), probability of skipping the last block; it grows from 0 linearly.
-        dropout: in [0, 1), of the embeddings, the attention projections and the MLPs.
-        attention_dropout: in [0, 1), of the attention probabilities.
-        patch_size: pixels; this and the following: None is the architecture's.
+        drop_path: probability of skipping the last block; it grows from 0 linearly.
+        dropout: of the embeddings, the attention projections and the MLPs.
+        attention_dropout: of the attention probabilities.
+        patch_size: pixels; None, here and below, is the architecture's.
         embed_dim: embedding dimension, a multiple of the number of heads.
         depth: number of blocks.
         num_heads: number of heads.
@@ -157,22 +159,14 @@ def build_vision_transformer(
 
     Source: Touvron et al., DeiT, ICML 2021; Zhou et al., MultiMax, ICML 2024.
     """
-    sizes = dict(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+    sizes = dict(
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        mlp_ratio=mlp_ratio,
+    )
     overrides: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
-    required = dict(num_classes=num_classes, image_size=image_size, in_channels=in_channels)
-    for field, value in (required | overrides).items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{field} must be an integer >= 1, got {value!r}")
-    if mlp_ratio is not None:
-        if mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio must be > 0, got {mlp_ratio}")
-        overrides["mlp_ratio"] = mlp_ratio
-    rates = dict(drop_path=drop_path, dropout=dropout, attention_dropout=attention_dropout)
-    for field, value in rates.items():
-        if not 0 <= value < 1:
-            raise ValueError(f"{field} must be in [0, 1), got {value}")
-    if norm not in ("norm_then_pool", "pool_then_norm"):
-        raise ValueError(f"norm must be 'norm_then_pool' or 'pool_then_norm', got {norm!r}")
     if class_token and norm == "pool_then_norm":
         raise ValueError(
             "norm='pool_then_norm' needs class_token=False: with a class token nothing is pooled; "

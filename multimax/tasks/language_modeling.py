@@ -17,7 +17,7 @@ from multimax.models.adaptive import AdaptiveOutput
 from multimax.models.output import Output
 from multimax.models.registry import LANGUAGE_MODELS, build_model
 from multimax.models.transformer import LanguageModel
-from multimax.normalizers import ModulatedSoftMax, Normalizer
+from multimax.normalizers import Normalizer
 from multimax.options import Rate, Section
 from multimax.tasks.base import Task, check_counted, check_not_diverged, describe_model
 
@@ -101,25 +101,25 @@ class LanguageModeling(Task):
         self, model: nn.Module, split: str, reduce: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
         output = cast(LanguageModel, model).output
-        sparse = is_sparse(output)
+        sparse = output.sparse
         totals = torch.zeros(3, dtype=torch.float64)
         for batch in self.eval_loaders[split]:
             counts = batch.targets != self.model.padding_index
             features, targets = model(batch.inputs)[counts], batch.targets[counts]
             loss = output.loss(features, targets, reduction="sum")
-            surprise = smoothed_surprise(output, features, targets) if sparse else loss
+            nll = smoothed_negative_log_likelihood(output, features, targets) if sparse else loss
             count = torch.tensor(len(targets))
-            totals += torch.stack([value.double().cpu() for value in (loss, surprise, count)])
-        loss, surprise, count = reduce(totals.to(self.device)).tolist()
+            totals += torch.stack([value.double().cpu() for value in (loss, nll, count)])
+        loss, nll, count = reduce(totals.to(self.device)).tolist()
         check_counted(split, count, self.splits[split], self.unit)
         words, size = self.data.words[split], self.data.bytes[split]
-        check_not_diverged(split, loss / count, surprise / words)
+        check_not_diverged(split, loss / count, nll / words)
         prefix = "smoothed_" if sparse else ""
         return {
             "loss": loss / count,
-            f"{prefix}perplexity": math.exp(surprise / count),
-            f"{prefix}word_perplexity": math.exp(surprise / words),
-            f"{prefix}bits_per_byte": surprise / math.log(2) / size,
+            f"{prefix}perplexity": math.exp(nll / count),
+            f"{prefix}word_perplexity": math.exp(nll / words),
+            f"{prefix}bits_per_byte": nll / math.log(2) / size,
         }
 
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
@@ -148,12 +148,9 @@ def build_language_model(config: Any, vocabulary: Vocabulary) -> LanguageModel:
     return cast(LanguageModel, model)
 
 
-def is_sparse(output: Output | AdaptiveOutput) -> bool:
-    """Whether an output layer may give a word no probability at all."""
-    return not all(isinstance(module, ModulatedSoftMax) for module in _normalizers(output))
-
-
-def smoothed_surprise(output: Output | AdaptiveOutput, features: Tensor, targets: Tensor) -> Tensor:
+def smoothed_negative_log_likelihood(
+    output: Output | AdaptiveOutput, features: Tensor, targets: Tensor
+) -> Tensor:
     """The negative logarithm of the smoothed probability of the targets, summed, in nats.
 
     Args:

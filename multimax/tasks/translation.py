@@ -20,7 +20,7 @@ from multimax.models.registry import TRANSLATION_MODELS, build_model
 from multimax.models.transformer import TranslationModel
 from multimax.options import Count, NotNegative, Section
 from multimax.tasks.base import Task, check_not_diverged, describe_model
-from multimax.tasks.language_modeling import TokenLoss, is_sparse, smoothed_surprise
+from multimax.tasks.language_modeling import TokenLoss, smoothed_negative_log_likelihood
 
 INSPECTED_SENTENCES = 64  # of an evaluation split
 
@@ -138,17 +138,17 @@ class Translation(Task):
             translations = self._search(model, split, batch)
             for index, tokens in zip(indices.tolist(), translations, strict=True):
                 found[index, : len(tokens)] = torch.tensor(tokens, device=self.device)
-        loss, surprise, count = reduce(totals.to(self.device)).tolist()
+        loss, nll, count = reduce(totals.to(self.device)).tolist()
         rows = reduce(found).tolist()
         if count != pairs.target.lengths.sum() or not all(pairs.eos_index in row for row in rows):
             raise RuntimeError(f"not every {split} sentence was evaluated exactly once")
-        check_not_diverged(split, loss / count, surprise / count)
+        check_not_diverged(split, loss / count, nll / count)
         vocabulary = self.data.languages.target_vocabulary
         lines = [vocabulary.decode(row[: row.index(pairs.eos_index)]) for row in rows]
         figures, signatures = score_lines(vocabulary, lines, self.data.references[split])
         self.notes = {**self.notes, **signatures}
-        prefix = "smoothed_" if is_sparse(model.output) else ""
-        perplexity = {f"{prefix}perplexity": math.exp(surprise / count)}
+        prefix = "smoothed_" if model.output.sparse else ""
+        perplexity = {f"{prefix}perplexity": math.exp(nll / count)}
         return figures | {"loss": loss / count} | perplexity
 
     def _totals(self, model: TranslationModel, batch: PairBatch) -> Tensor:
@@ -156,10 +156,10 @@ class Translation(Task):
         counts = batch.target != model.padding_index
         features, target = model(batch.source, batch.target_in)[counts], batch.target[counts]
         loss = model.output.loss(features, target, reduction="sum")
-        sparse = is_sparse(model.output)
-        surprise = smoothed_surprise(model.output, features, target) if sparse else loss
+        sparse = model.output.sparse
+        nll = smoothed_negative_log_likelihood(model.output, features, target) if sparse else loss
         count = loss.new_tensor(batch.tokens)
-        return torch.stack([value.double() for value in (loss, surprise, count)])
+        return torch.stack([value.double() for value in (loss, nll, count)])
 
     def _search(self, model: TranslationModel, split: str, batch: PairBatch) -> list[list[int]]:
         """The best translation of each sentence, which ends with the end of sentence."""

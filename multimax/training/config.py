@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, create_model, model_validator
 
 from multimax.files import digest
-from multimax.normalizers import NORMALIZERS, build_aside
+from multimax.normalizers import NORMALIZERS, build_preserving_rng
 from multimax.options import (
     Count,
     NotNegative,
@@ -189,7 +189,7 @@ def read_config(content: Any) -> Config:
     config = validate(config_class(task, *names), plain)
     for section in ("attention", "output"):
         try:
-            build_aside(getattr(config, section).given())
+            build_preserving_rng(getattr(config, section).given())
         except ValueError as error:
             raise ValueError(f"{section}.{error}") from None
     _check_length(config)

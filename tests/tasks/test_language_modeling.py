@@ -12,7 +12,7 @@ from rich.console import Console
 from multimax.data.vocabulary import WordVocabulary
 from multimax.losses import output_loss
 from multimax.tasks import build_task, language_modeling
-from multimax.tasks.language_modeling import EPSILON, build_language_model, is_sparse
+from multimax.tasks.language_modeling import EPSILON, build_language_model
 from multimax.training.config import read_config, run_folder
 from multimax.training.run import run
 
@@ -137,11 +137,11 @@ def test_sparse_outputs_have_no_perplexity_but_a_smoothed_one(composed, output):
         own = output_loss(task.model.output.normalizer, scores, torch.tensor([[6, 7, 8]]))
     assert (p == 0).any()
     smoothed = (1 - EPSILON) * p + EPSILON / 270
-    surprise = -smoothed.log().sum().item()
+    nll = -smoothed.log().sum().item()
     words = task.data.words["valid"]
-    assert figures["smoothed_perplexity"] == pytest.approx(math.exp(surprise / len(p)), rel=1e-4)
+    assert figures["smoothed_perplexity"] == pytest.approx(math.exp(nll / len(p)), rel=1e-4)
     assert figures["smoothed_word_perplexity"] == pytest.approx(
-        math.exp(surprise / words), rel=1e-4
+        math.exp(nll / words), rel=1e-4
     )
     assert torch.equal(loss, own)
     assert math.isfinite(figures["loss"])
@@ -153,7 +153,7 @@ def test_sparse_are_those_that_give_zeros(composed, output):
     task.model.eval()
     with torch.inference_mode():
         p, _ = naive_probabilities(task, "valid")
-    assert is_sparse(task.model.output) == bool((p == 0).any()) == (output in SPARSE)
+    assert task.model.output.sparse == bool((p == 0).any()) == (output in SPARSE)
 
 
 def test_adaptive_output_is_evaluated_too(composed):
