@@ -217,6 +217,7 @@ def test_a_model_survives_deepcopy_and_a_state_dict_round_trip():
     assert torch.equal(twin.output.ts, fresh.output.ts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registered_normalizers())
 def test_compile_without_graph_break_where_the_docstring_says_so(name):
     torch._dynamo.reset()

@@ -83,6 +83,7 @@ def one_by_one(task, split, **options):
     return lines, likelihood
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "beam"), [("valid", 1), ("test", 3)])
 def test_figures_are_those_of_sentences_one_by_one(build, split, beam):
     task = varied(build())
@@ -100,6 +101,7 @@ def test_figures_are_those_of_sentences_one_by_one(build, split, beam):
     assert figures["chrf"] > 0
 
 
+@pytest.mark.slow
 def test_the_beam_of_the_test_split_is_wider_and_all_options_reach_the_search(build, monkeypatch):
     seen = []
 
@@ -117,6 +119,7 @@ def test_the_beam_of_the_test_split_is_wider_and_all_options_reach_the_search(bu
         assert all(options == expected | {"beam": beam} for options in seen)
 
 
+@pytest.mark.slow
 def test_processes_share_the_evaluation(build):
     whole = varied(build())
     alone = evaluate(whole, "test")
