@@ -48,7 +48,7 @@ def test_normalizer_is_the_same_in_attention_and_output(name):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_begins_with_its_title_and_commands(experiment):
+def test_experiment_begins_with_its_title_and_command(experiment):
     lines = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()
     package, title, command = lines[:3]
     assert package == "# @package _global_"
@@ -56,8 +56,14 @@ def test_experiment_begins_with_its_title_and_commands(experiment):
     assert "train.py" not in title
     assert command == f"# python train.py experiment={experiment}"
     assert composed(f"experiment={experiment}").name == experiment
-    for line in lines[3:]:
-        if line.startswith("#") and "python train.py" in line:
-            first, *others = line.split("python train.py ")[1].split()
-            assert first == f"experiment={experiment}"
-            composed(first, *others)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_other_commands_of_an_experiment_compose(experiment):
+    header = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()[3:]
+    commands = [line for line in header if line.startswith("#") and "python train.py" in line]
+    assert len(commands) == 1  # at paper scale
+    overrides = commands[0].split("python train.py ")[1].split()
+    assert overrides[0] == f"experiment={experiment}"
+    assert composed(*overrides).scale.name != "small"

@@ -48,6 +48,7 @@ def test_a_mask_of_every_broadcast_form(module, shape):
     assert_equals_the_definition(module, scores, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "shape", [(7,), (5, 7), (3, 5, 7), (2, 1, 3, 4, 5), (2, 3, 1, 2, 3, 4)], ids=str
@@ -104,6 +105,7 @@ def test_precision(module, dtype, rtol, masked):
         torch.testing.assert_close(result.double(), exact, rtol=rtol, atol=atol)
 
 
+@pytest.mark.slow
 def test_scalars_of_many_rows_in_fp32(module):
     """Their gradients are added up in float64 beyond 2,048 entries."""
     scores = random(4000, 196)

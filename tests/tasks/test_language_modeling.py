@@ -103,6 +103,7 @@ def test_evaluation_is_the_naive_one(composed, world_size, window):
     assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_context_window_changes_the_figures(composed):
     losses = {
         evaluate(composed("lm_softmax", f"data.context_window={window}"), "test")[0]["loss"]

@@ -176,6 +176,7 @@ def test_training_loss_is_smoothed_and_weighs_by_target_tokens(build):
     assert not any(torch.equal(batch.target_in, other) for other in (batch.target, batch.source))
 
 
+@pytest.mark.slow
 def test_batches_are_counted_in_tokens_of_an_update(build):
     whole, half = build(), build(world_size=2)
     accumulated = build("trainer.accumulation=4")
@@ -236,6 +237,7 @@ def test_every_normalizer_is_inspected_without_padding(build):
     )
 
 
+@pytest.mark.slow
 def test_a_run_has_its_signatures_and_counts_in_its_result(build, tmp_path):
     task = build()  # so that the data is small here too
     config = composed(

@@ -56,6 +56,7 @@ def test_every_check_has_a_bad_value():
     assert set(BAD) == {field for field, _, _ in CHECKS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("field", "value"), [(f, v) for f, values in BAD.items() for v in values])
 def test_bad_value_is_refused_before_data_is_loaded(compose_tiny, monkeypatch, field, value):
     monkeypatch.setattr("multimax.training.run.build_task", lambda *_: pytest.fail("data loaded"))
