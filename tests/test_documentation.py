@@ -23,38 +23,26 @@ DOCUMENTS = [
     if path.exists()
 ]
 # Files and folders of a run or of somebody's data, not of this repository.
-ELSEWHERE = {"outputs/", "train/", "val/", "wds/", "hfds/", "hfids/", "config.yaml"}
-SUFFIXES = {
-    ".py",
-    ".sh",
-    ".c",
-    ".h",
-    ".md",
-    ".toml",
-    ".txt",
-    ".yaml",
-    ".yml",
-    ".cff",
-    ".csv",
-    ".png",
-}
+ELSEWHERE = {"train/", "val/", "wds/", "hfds/", "hfids/", "config.yaml"}
+SUFFIX = r"\.(py|sh|c|h|md|toml|txt|ya?ml|cff|csv|png)"
+# Arguments of train.py with a setting, up to a comment or another command; no "<placeholders>".
+TRAINING = r"\btrain\.py (?=[^`#\n|&;<>$]*=)([^`#\n|&;<>$]*+)(?![<$])"
 NOT_OURS = {"outputs", "wandb", "build", "dist", "htmlcov", "__pycache__"}
 
 
 def code(document):
     """The code blocks and spans of a document, with lines that end in a backslash joined."""
     text = document.read_text().replace("\\\n", " ")
-    blocks = re.findall(r"^```.*?\n(.*?)^```", text, flags=re.M | re.S)
-    prose = re.sub(r"^```.*?\n.*?^```", "", text, flags=re.M | re.S)
-    return blocks, re.findall(r"`([^`]+)`", prose)
+    blocks = re.compile(r"^```.*?\n(.*?)^```", flags=re.M | re.S)
+    return blocks.findall(text) + re.findall(r"`([^`]+)`", blocks.sub("", text))
 
 
 def found(pattern):
-    """(document, what the pattern finds in its code), one for each that is different."""
+    """(document, what the pattern finds in its code), each once."""
     everything = {
         (document.relative_to(ROOT).as_posix(), match)
         for document in DOCUMENTS
-        for piece in (piece for pieces in code(document) for piece in pieces)
+        for piece in code(document)
         for match in re.findall(pattern, piece, flags=re.M)
     }
     return sorted(everything)
@@ -75,9 +63,9 @@ def repository():
 
 def looks_like_a_path(name):
     """Whether it has the form of a folder or of a file that could be in the repository."""
-    if not re.fullmatch(r"[\w.*-]+(/[\w.*-]+)*/?", name) or name in ELSEWHERE:
+    if name in ELSEWHERE or name.startswith("outputs/"):
         return False
-    return name.endswith("/") or Path(name).suffix in SUFFIXES
+    return re.fullmatch(rf"[\w.*-]+(/[\w.*-]+)*(/|{SUFFIX})", name) is not None
 
 
 PATHS = [(document, name) for document, name in found(r"\A\S+\Z") if looks_like_a_path(name)]
@@ -108,12 +96,12 @@ def test_module_can_be_run(document, module):
         assert (Path(spec.submodule_search_locations[0]) / "__main__.py").exists()
 
 
-@pytest.mark.parametrize(("document", "arguments"), found(r"\btrain\.py ([^`#\n)]*=[^`#\n)]*)"))
+@pytest.mark.parametrize(("document", "arguments"), found(TRAINING))
 def test_training_command_composes(document, arguments):
-    # Of a sweep the first run; a setting that a command leaves open as "..." gets that value.
-    overrides = [word.split(",")[0] for word in shlex.split(arguments) if word != "-m"]
+    settings = [word for word in shlex.split(arguments) if "=" in word and "(" not in word]
+    first = [word if "[" in word else word.split(",")[0] for word in settings]  # of a sweep
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        compose("config", overrides=[word for word in overrides if "=" in word])
+        compose("config", overrides=first)
 
 
 def test_paths_exist():
