@@ -7,10 +7,10 @@ FAIRSEQ_RUN := $(FAIRSEQ_VENV)/bin/python
 PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fairseq lint types benchmark clean
+.PHONY: help setup demo test test-fast test-fairseq coverage lint types benchmark clean
 
 help: ## list these commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s%s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s%s\n", $$1, $$2}'
 
 setup: $(VENV)/complete ## install everything into .venv, at the versions in constraints.txt
 
@@ -26,6 +26,9 @@ demo: setup ## train a DeiT with MultiMax on embedded Fashion-MNIST, and draw wh
 test: setup lint types ## lint, type checks and all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
+test-fast: setup ## the tests that are not slow, in less than a minute
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m 'not slow'
+
 test-fairseq: $(FAIRSEQ_VENV)/complete ## the fairseq plug-in with fairseq itself (Python 3.11 or 3.12)
 	OMP_NUM_THREADS=1 $(FAIRSEQ_RUN) -m pytest -n 2 --dist loadfile tests/fairseq
 
@@ -37,6 +40,9 @@ $(FAIRSEQ_VENV)/complete: $(VENV)/complete requirements/fairseq.txt
 	printf '%s\n' '$(CURDIR)' "import site; site.addsitedir('$$($(RUN) $(PACKAGES))')" \
 		> "$$($(FAIRSEQ_RUN) $(PACKAGES))/multimax-environment.pth"
 	touch $@
+
+coverage: setup ## all tests, and what they execute: a table, coverage.xml and htmlcov/
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --cov --cov-report=term --cov-report=xml --cov-report=html
 
 lint: setup ## ruff: lint and format
 	$(RUN) -m ruff check .
@@ -52,4 +58,5 @@ benchmark: setup ## speed and memory next to torch, timm, the entmax package and
 	$(RUN) -m benchmarks.output_layer
 
 clean: ## remove .venv and caches; outputs/ stays
-	rm -rf $(VENV) $(FAIRSEQ_VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(FAIRSEQ_VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info \
+		.coverage .coverage.* coverage.xml htmlcov

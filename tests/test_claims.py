@@ -24,6 +24,7 @@ def measures(p, x, threshold, reference):
     return sparsity(p, x, threshold, reference).item(), multi_modality(p, x, threshold).item()
 
 
+@pytest.mark.slow
 @given(
     row=rows,
     threshold=st.floats(-6, 6),

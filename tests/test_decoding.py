@@ -72,6 +72,7 @@ def check(found, expected):
             assert hypothesis.score == pytest.approx(score, rel=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beam", [1, 2, 5])
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_beam_search_is_that_of_the_reference(name, beam):
@@ -86,6 +87,7 @@ def test_beam_search_is_that_of_the_reference(name, beam):
     assert len(best) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", [SOFTMAX, SPARSEMAX])
 @pytest.mark.parametrize(
     "options",

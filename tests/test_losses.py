@@ -10,6 +10,7 @@ from multimax import EntMax, LogitNormalizer, MultiMax, Normalizer, SoftMax, out
 from multimax.losses import row_losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hard", "soft", "mixup"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
@@ -95,6 +96,7 @@ def test_a_single_row_and_many_dimensions(normalizer, class_scores, targets):
     torch.testing.assert_close(stacked, losses.expand(2, 3, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["hard", "soft"])

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
@@ -62,6 +63,7 @@ def test_paper_scale_is_the_recipe():
     assert topk.attention.k == 100
 
 
+@pytest.mark.slow
 def test_paper_scale_on_files(tmp_path):
     """The real model at 224 px, on two classes of noise in ImageNet's folders."""
     rng = np.random.default_rng(0)

@@ -109,7 +109,14 @@ def little_text(tmp_path, cache, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+# One of each task is enough for `make test-fast`.
+@pytest.mark.parametrize(
+    "experiment",
+    [
+        pytest.param(name, marks=() if name.endswith("_multimax") else pytest.mark.slow)
+        for name in EXPERIMENTS
+    ],
+)
 def test_every_experiment(tmp_path, little_text, experiment):
     task = composed(f"experiment={experiment}").task.name
     small = [*TINY_TASK[task], *little_text[task]]
@@ -136,18 +143,7 @@ def test_every_experiment(tmp_path, little_text, experiment):
     assert [loss for loss in losses if loss is not None and math.isfinite(loss)] == losses[:2]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_header_and_name(experiment):
-    header = (ROOT / "configs" / "experiment" / f"{experiment}.yaml").read_text().splitlines()
-    commands = [line for line in header if line.startswith("#") and "python train.py" in line]
-    assert commands[0] == f"# python train.py experiment={experiment}"
-    assert composed(f"experiment={experiment}").name == experiment
-    for command in commands:
-        overrides = re.search(r"python train\.py (.*)", command).group(1).split()
-        assert overrides[0] == f"experiment={experiment}"
-        composed(*overrides)
-
-
+@pytest.mark.slow
 def test_experiments_differ_in_nothing_but_the_normalizers():
     by_task = {}
     for experiment in EXPERIMENTS:
@@ -160,6 +156,7 @@ def test_experiments_differ_in_nothing_but_the_normalizers():
         assert all(config == configs[0] for config in configs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_every_pair_of_normalizers(tmp_path, attention, output):
@@ -248,6 +245,7 @@ def test_configuration_can_be_shown(train):
     assert OmegaConf.create(output).attention.name == "topk"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("resume", "hint"), [("auto", ""), ("never", " with resume=auto")])
 def test_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch, resume, hint):
     real = Trainer._update
@@ -262,6 +260,7 @@ def test_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch, resume,
     assert f"after update 1; the same command{hint} goes on from there\n" in error
 
 
+@pytest.mark.slow
 def test_sweep_makes_a_folder_for_each_run(tmp_path):
     done = subprocess.run(
         [sys.executable, "train.py", "-m", "seed=0,1", *TINY, f"output_dir={tmp_path}"],

@@ -10,6 +10,8 @@ from torch import Tensor
 from benchmarks import attention, deit_step, memory, normalizers, output_layer, report, training
 from benchmarks.timing import Workload, quantiles, time_phases
 
+pytestmark = pytest.mark.slow
+
 SHARED = {"dtype", "threads", "device", "torch", "timm", "entmax", "compiler", "commit"}
 TIMES = {f"{phase}{part}_ms" for phase in ("forward", "step") for part in ("", "_p20", "_p80")}
 SMALL = {

@@ -58,6 +58,7 @@ print(module.BytePairVocabulary.train(lines, 600).fingerprint)
 """
 
 
+@pytest.mark.slow
 def test_the_same_text_gives_the_same_vocabulary_in_any_process():
     path = Wikipedia(1000, 64, 32).file("test")
     mine = BytePairVocabulary.train(read_lines(path), 600).fingerprint

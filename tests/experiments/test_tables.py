@@ -95,6 +95,7 @@ def test_collect_copies_finished_results_but_not_those_set_aside(tmp_path):
     assert json.loads(copied.read_text())["metrics"]["test"]["top1"] == 85.0
 
 
+@pytest.mark.slow
 def test_figures_are_drawn(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(result("deit_multimax")))
     lines = [{"update": 1, "train/loss": 2.0}, {"update": 2, "valid/loss": 1.5}]

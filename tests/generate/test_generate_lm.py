@@ -16,6 +16,8 @@ from multimax.generate import language_model as generate_lm
 from multimax.generate import main
 from multimax.training.run import run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TEXT = "the cat sat on the mat\nthe dog ate the hat of the cat\n\na naïve cat\n" * 20
 TINY = (

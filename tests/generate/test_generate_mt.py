@@ -15,6 +15,8 @@ from multimax.generate import main
 from multimax.generate.translation import load
 from multimax.training.run import run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 OPTIONS = [
     "experiment=mt_multimax", "model.embed_dim=32", "model.ffn_dim=32", "model.num_heads=2",

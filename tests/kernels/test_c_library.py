@@ -215,6 +215,7 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, compiler, 
     c_library._cache.cache_clear()
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_two_processes_compile_at_once(cache, compiler):
     compiler('case "$*" in *kernels.so*) sleep 0.5;; esac')
@@ -279,6 +280,7 @@ def run_everything(**environment):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_all_works_and_a_warning_says_so_once(tmp_path):
     reason = "no C compiler was found; install gcc or clang, or set CC"
     said, named = run_everything(CC="", PATH="", XDG_CACHE_HOME=tmp_path)
@@ -286,6 +288,7 @@ def test_without_a_compiler_all_works_and_a_warning_says_so_once(tmp_path):
     assert named == f"backend 'c' cannot compute this attention: {reason}"
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_a_plain_compiler_and_no_place_to_keep_the_library(tmp_path):
     """Without OpenMP and for any processor; what is written is gone in the end."""

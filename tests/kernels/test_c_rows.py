@@ -41,12 +41,14 @@ def assert_equals_the_definition(module, scores, mask=None, dim=-1, atol=1e-13, 
 FORMS = [*itertools.product((1, 2), (1, 3), (1, 4), (1, 7)), (7,), (4, 7), (4, 1), (3, 4, 7), ()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", FORMS, ids=str)
 def test_a_mask_of_every_broadcast_form(module, shape):
     scores, mask = random(2, 3, 4, 7, spread=2), torch.rand(shape) < 0.6
     assert_equals_the_definition(module, scores, mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(
     "shape", [(7,), (5, 7), (3, 5, 7), (2, 1, 3, 4, 5), (2, 3, 1, 2, 3, 4)], ids=str
@@ -57,6 +59,7 @@ def test_scores_of_every_number_of_dimensions_and_any_dim(module, shape, masked)
         assert_equals_the_definition(module, scores, mask, dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "view",
     [
@@ -75,6 +78,7 @@ def test_scores_gradients_and_masks_that_are_not_contiguous(module, view, dim):
     assert_equals_the_definition(module, scores, mask, dim, upstream=upstream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 196, 1024, 2049, 50_000, 267_744])
 @pytest.mark.parametrize("masked", [False, True])
 def test_rows_of_every_size(module, size, masked):
@@ -101,6 +105,7 @@ def test_precision(module, dtype, rtol, masked):
         torch.testing.assert_close(result.double(), exact, rtol=rtol, atol=atol)
 
 
+@pytest.mark.slow
 def test_scalars_of_many_rows_in_fp32(module):
     """Their gradients are added up in float64 beyond 2,048 entries."""
     scores = random(4000, 196)
@@ -110,6 +115,7 @@ def test_scalars_of_many_rows_in_fp32(module):
         assert (result - exact).abs().max() <= 2e-5 * exact.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
@@ -128,6 +134,7 @@ numbers = st.floats(-50, 50, allow_subnormal=False)
 lists = st.lists(numbers, min_size=1, max_size=40)
 
 
+@pytest.mark.slow
 @given(row=lists, keep=st.lists(st.booleans(), min_size=40, max_size=40))
 def test_sums_to_one_where_it_may(module, row, keep):
     mask = torch.tensor(keep[: len(row)])
@@ -137,6 +144,7 @@ def test_sums_to_one_where_it_may(module, row, keep):
     assert abs(p.sum().item() - mask.any().item()) < 1e-14 * len(row)
 
 
+@pytest.mark.slow
 @given(row=lists, seed=st.integers(0, 999))
 def test_permutation_equivariance(module, row, seed):
     scores = torch.tensor(row, dtype=torch.float64)
@@ -144,6 +152,7 @@ def test_permutation_equivariance(module, row, seed):
     assert_equal(module(scores[order]), module(scores)[order], atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIFT_INVARIANT)
 @given(row=lists, shift=numbers)
 def test_a_shift_of_all_scores_changes_nothing(name, row, shift):
@@ -152,6 +161,7 @@ def test_a_shift_of_all_scores_changes_nothing(name, row, shift):
     assert_equal(module(scores + shift), module(scores), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 3, 70, 196), (9, 20_000)], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_same_bits_with_any_number_of_threads_and_every_time(module, shape, masked):

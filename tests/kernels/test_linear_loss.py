@@ -131,6 +131,7 @@ def test_no_score_matrix_is_kept_or_made(monkeypatch):
     assert (10, 11) not in kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["multimax-2", "entmax-learned"])
 def test_half_precision_sums_in_fp32(dtype, name):

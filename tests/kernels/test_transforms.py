@@ -14,7 +14,7 @@ from multimax import EntMax15, MultiMax, SoftMax
 from multimax.attention import attention
 from multimax.kernels.backend import use_backend
 
-pytestmark = needs_kernels
+pytestmark = [needs_kernels, pytest.mark.slow]
 
 
 class Block(nn.Module):

@@ -12,7 +12,7 @@ from multimax.kernels import triton_attention as module
 from multimax.kernels.triton_attention import Blocks, triton_attention
 
 # The interpreter warns of overflow where the compiled code computes what it then throws away.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"), pytest.mark.slow]
 
 # Sums of a thousand terms of size 1 leave 1e-13 in float64; a single step in float32, 1e-8.
 EXACT = {"rtol": 1e-10, "atol": 1e-12}

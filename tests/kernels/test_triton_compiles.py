@@ -9,6 +9,8 @@ import pytest
 
 import multimax
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 KERNELS = {

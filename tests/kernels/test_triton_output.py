@@ -12,7 +12,7 @@ from multimax.kernels import triton_output as module
 from multimax.kernels.triton_output import modulated_cross_entropy_
 
 # The interpreter warns of overflow where the compiled code computes what it then throws away.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"), pytest.mark.slow]
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64; a step in float32 would leave 1e-8
 MANY = 4200  # classes: two blocks and a part of a third

@@ -114,6 +114,7 @@ def test_the_future_does_not_influence_the_past(name):
         assert ((changed - features)[:, 3:].abs().amax(-1) > 1e-9).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAPPINGS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_influences_nothing(name, side):

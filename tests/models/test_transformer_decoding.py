@@ -36,6 +36,7 @@ def decode(model, tokens, cache, lengths):
     return torch.cat([model.step(part, cache) for part in tokens.split(lengths, 1)], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[1] * 7, [4, 1, 2], [7]])
 @pytest.mark.parametrize("name", MAPPINGS)
 def test_step_by_step_equals_parallel(name, lengths):

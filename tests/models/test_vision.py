@@ -42,6 +42,7 @@ def test_published_size_of_deit_small():
     assert model.norm.eps == model.blocks[0].norm1.eps == 1e-6
 
 
+@pytest.mark.slow
 def test_the_paper_adds_eight_scalars_a_layer_and_eight_to_the_output():
     options = dict(num_classes=1000, image_size=224)
     paper = build_vision_transformer(attention=MULTIMAX, output=MULTIMAX, **options)
@@ -217,6 +218,7 @@ def test_a_model_survives_deepcopy_and_a_state_dict_round_trip():
     assert torch.equal(twin.output.ts, fresh.output.ts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", registered_normalizers())
 def test_compile_without_graph_break_where_the_docstring_says_so(name):
     torch._dynamo.reset()

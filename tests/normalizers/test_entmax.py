@@ -20,6 +20,7 @@ def gradient_of(function, scores, *inputs):
 
 # The package solves by sorting (exact) or by 100 halvings; 1e-10 leaves room for the sums of
 # 50,000 entries and for the gradient's division by a small support.
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 10, 196, 50_000])
 @pytest.mark.parametrize("spread", [0.1, 3.0])
 @pytest.mark.parametrize("name", ["sparsemax", "entmax15", 1.1, 1.3, 1.75, 2.0, 2.5, 4.0])
@@ -57,6 +58,7 @@ def test_gradient_of_alpha_equals_the_entmax_package(alpha, size):
         torch.testing.assert_close(result, expected, atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 1.9, 2.3])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])

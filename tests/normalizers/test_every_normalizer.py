@@ -40,6 +40,7 @@ def test_is_a_distribution(normalizer, scores):
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 3, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dim", range(-4, 4))
 def test_any_dim(normalizer, scores, mask, dim, masked):
@@ -128,6 +129,7 @@ def test_permutation_equivariance(normalizer, scores, mask):
     torch.testing.assert_close(permuted, expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_gradients(normalizer, scores, mask, check, masked):
@@ -283,6 +285,7 @@ def test_scores_of_minus_infinity_get_exactly_zero(order_preserving, scores):
     assert scores.grad.isfinite().all()
 
 
+@pytest.mark.slow
 @given(row=dyadic_rows)
 def test_a_larger_score_never_gets_less(order_preserving, row):
     scores = torch.tensor(row, dtype=torch.float64).sort().values
@@ -290,6 +293,7 @@ def test_a_larger_score_never_gets_less(order_preserving, row):
     assert (probabilities.diff() >= -1e-12).all()  # exponentials of equal numbers may round apart
 
 
+@pytest.mark.slow
 @given(row=dyadic_rows, shift=st.integers(-800, 800).map(lambda n: n / 8))
 def test_a_shift_of_all_scores_changes_nothing(order_preserving, row, shift):
     scores = torch.tensor(row, dtype=torch.float64)

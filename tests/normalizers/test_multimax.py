@@ -181,6 +181,7 @@ def test_a_shift_of_all_scores_matters():
     torch.testing.assert_close(module(scores + 2)[1].item(), 1 / (1 + math.exp(-2)))
 
 
+@pytest.mark.slow
 @given(
     row=st.lists(st.integers(-64, 64).map(lambda n: n / 8), min_size=1, max_size=9),
     t_b=st.floats(0, 3),

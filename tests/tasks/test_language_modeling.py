@@ -89,6 +89,7 @@ def naive_probabilities(task, split):
     return torch.stack(rows), torch.tensor(stream[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "window"), [(1, 0), (1, 8), (1, 15), (3, 8), (40, 5)])
 def test_evaluation_is_the_naive_one(composed, world_size, window):
     window = f"data.context_window={window}"
@@ -102,6 +103,7 @@ def test_evaluation_is_the_naive_one(composed, world_size, window):
     assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_context_window_changes_the_figures(composed):
     losses = {
         evaluate(composed("lm_softmax", f"data.context_window={window}"), "test")[0]["loss"]
@@ -121,6 +123,7 @@ def test_figures_per_word_and_byte(composed, split):
     assert set(figures) == {"loss", "perplexity", "word_perplexity", "bits_per_byte"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", SPARSE)
 def test_sparse_outputs_have_no_perplexity_but_a_smoothed_one(composed, output):
     figures, task = evaluate(composed("lm_softmax", f"output={output}"), "valid")
@@ -147,6 +150,7 @@ def test_sparse_outputs_have_no_perplexity_but_a_smoothed_one(composed, output):
     assert math.isfinite(figures["loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_sparse_are_those_that_give_zeros(composed, output):
     task = build(composed("lm_softmax", f"output={output}"))
@@ -236,6 +240,7 @@ def test_divergence_is_said(composed, factor):
         task.evaluate(task.model.eval(), "valid", lambda totals: totals)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs(composed, experiment):
     config = composed(experiment)
@@ -250,6 +255,7 @@ def test_every_experiment_runs(composed, experiment):
     assert result["best"]["figure"] == "valid/loss"
 
 
+@pytest.mark.slow
 def test_it_learns(composed):
     config = composed(
         "lm_multimax",
@@ -281,6 +287,7 @@ def test_a_checkpoint_with_another_vocabulary_is_refused(composed, tmp_path):
         run(composed("lm_softmax", f"resume={checkpoint}", "seed=1"), Console(file=nowhere))
 
 
+@pytest.mark.slow
 def test_experiments_differ_in_nothing_but_the_normalizers(composed):
     configs = [composed(name, tiny=False) for name in EXPERIMENTS]
     assert {config.attention.name for config in configs} == {

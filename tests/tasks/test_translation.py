@@ -84,6 +84,7 @@ def one_by_one(task, split, **options):
     return lines, likelihood
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "beam"), [("valid", 1), ("test", 3)])
 def test_figures_are_those_of_sentences_one_by_one(build, split, beam):
     task = varied(build())
@@ -101,6 +102,7 @@ def test_figures_are_those_of_sentences_one_by_one(build, split, beam):
     assert figures["chrf"] > 0
 
 
+@pytest.mark.slow
 def test_the_beam_of_the_test_split_is_wider_and_all_options_reach_the_search(build, monkeypatch):
     seen = []
 
@@ -118,6 +120,7 @@ def test_the_beam_of_the_test_split_is_wider_and_all_options_reach_the_search(bu
         assert all(options == expected | {"beam": beam} for options in seen)
 
 
+@pytest.mark.slow
 def test_processes_share_the_evaluation(build):
     whole = varied(build())
     alone = evaluate(whole, "test")
@@ -174,6 +177,7 @@ def test_training_loss_is_smoothed_and_weighs_by_target_tokens(build):
     assert not any(torch.equal(batch.target_in, other) for other in (batch.target, batch.source))
 
 
+@pytest.mark.slow
 def test_batches_are_counted_in_tokens_of_an_update(build):
     whole, half = build(), build(world_size=2)
     accumulated = build("trainer.accumulation=4")
@@ -234,6 +238,7 @@ def test_every_normalizer_is_inspected_without_padding(build):
     )
 
 
+@pytest.mark.slow
 def test_a_run_has_its_signatures_and_counts_in_its_result(build, tmp_path):
     task = build()  # so that the data is small here too
     config = composed(

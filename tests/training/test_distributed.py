@@ -20,6 +20,8 @@ from tiny import (
 
 from multimax.files import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # No dropout and no augmentation, so that the parts of a batch are what one process sees whole; an
 # odd split, which two processes cannot halve; and an accumulation, for which DDP must wait.
 OPTIONS = (

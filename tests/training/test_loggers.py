@@ -47,6 +47,7 @@ def fake_wandb(monkeypatch, broken):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["import", "init", "log", "finish"])
 def test_broken_wandb_costs_no_run_and_is_said_once(tmp_path, monkeypatch, caplog, broken):
     if broken == "import":
@@ -112,6 +113,7 @@ def test_disabled_wandb_is_not_touched(tmp_path, monkeypatch, caplog):
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_real_wandb_offline(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):

@@ -23,6 +23,8 @@ from tiny import (
 from multimax.files import load_checkpoint, locked, save_checkpoint
 from multimax.training.trainer import InterruptedRunError, Trainer
 
+pytestmark = pytest.mark.slow
+
 # Eight updates an epoch; interrupted in the middle of the first and at its end.
 EPOCHS = (
     "data.valid_size=6000",

@@ -83,6 +83,7 @@ def test_loss_falls_and_each_update_is_logged(tmp_path):
     assert trainer.position.epoch == 100
 
 
+@pytest.mark.slow
 def test_bf16_computes_in_bf16(tmp_path):
     task = Regression((8,), torch.float32)
     trainer = build_trainer(tmp_path, task, "trainer.precision=bf16", precision="bf16")
@@ -95,6 +96,7 @@ def test_bf16_computes_in_bf16(tmp_path):
     assert result["metrics"]["test"]["loss"] < 3
 
 
+@pytest.mark.slow
 def test_compiled_is_eager(tmp_path):
     """The same numbers, and the normalizers can still be looked into."""
     eager, compiled = (
@@ -143,6 +145,7 @@ def test_best_checkpoint_holds_the_best_weights(tmp_path, higher, values, best):
     assert_same(weights(task.model), task.seen[best - 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report", ["best", "last"])
 def test_reported_weights(tmp_path, monkeypatch, report):
     real = Trainer._update
@@ -199,6 +202,7 @@ def infinity_in_scalar_gradient(task):
     task.model[1].ts.register_hook(lambda gradient: gradient + float("inf"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "culprit"),
     [
@@ -225,6 +229,7 @@ def test_non_finite_number_stops_the_run_and_is_found(tmp_path, spoil, culprit):
     assert {name: (tmp_path / name).read_bytes() for name in good} == good
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(tmp_path):
     places = [tmp_path / name for name in ("first", "again", "other")]
     for place, seed in zip(places, (0, 0, 1), strict=True):
@@ -247,6 +252,7 @@ def test_loader_shorter_than_it_says(tmp_path):
         trainer.fit()
 
 
+@pytest.mark.slow
 def test_only_the_named_files_are_left(tmp_path):
     run_quietly(tiny_config(tmp_path))
     names = {path.name for path in only(tmp_path, "result.json").parent.iterdir()}

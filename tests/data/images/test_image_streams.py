@@ -239,6 +239,7 @@ def test_every_rank_gets_equally_many_batches_of_uneven_shards(shards, tmp_path)
     ranks_of_training(build(shards, num_workers=2), 1, 7)  # the workers' shares are no multiples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("random_erasing", [0.0, 1.0])
 def test_batches_start_anywhere(noisy_shards, random_erasing):
     def make(num_workers):
@@ -248,6 +249,7 @@ def test_batches_start_anywhere(noisy_shards, random_erasing):
     assert_batches_start_anywhere(make)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(random_erasing=0.0), {**PLAIN, "random_erasing": 1.0}])
 def test_copies_of_an_image_are_changed_differently(tmp_path, options):
     write(tmp_path, train=[1] * 8, noise=60)
@@ -299,6 +301,7 @@ def test_the_process_group_is_not_asked(shards, folder, monkeypatch):
     assert_shares_are_disjoint(data, 2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 0), (3, 0), (1, 2), (2, 2)])
 def test_hugging_face_streams_evaluate_exactly(arrow, folder, tmp_path, world_size, num_workers):
     data = build_streamed(arrow, tmp_path, num_workers=num_workers, num_classes=None)
@@ -307,6 +310,7 @@ def test_hugging_face_streams_evaluate_exactly(arrow, folder, tmp_path, world_si
     assert_evaluation_is_exact(data, folder, world_size)
 
 
+@pytest.mark.slow
 def test_hugging_face_streams_train(arrow, tmp_path):
     data = build_streamed(arrow, tmp_path, **PLAIN)
     for world_size, batch_size in ((1, 4), (2, 3), (3, 4), (4, 3)):  # 4 does not divide 6 shards

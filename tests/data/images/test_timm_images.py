@@ -79,6 +79,7 @@ def test_the_augmentation_is_that_of_deit(folder):
     assert jitter.brightness == (0.7, 1.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_evaluation_covers_each_example_once_and_crops_the_centre(folder, world_size, num_workers):
@@ -156,6 +157,7 @@ def test_random_erasing_is_switchable(folder):
     assert (changed.double().mean((1, 2, 3)) < 0.4).all()
 
 
+@pytest.mark.slow
 def test_batches_start_anywhere_whatever_the_workers_and_the_random_state(folder):
     def make(num_workers):
         data = build(folder, num_workers=num_workers)

@@ -51,6 +51,7 @@ def little(monkeypatch):
     return read
 
 
+@pytest.mark.slow
 class TestEmbedded:
     def test_every_pair_is_there_but_for_the_long_ones_which_are_counted(self, embedded):
         [(reason, long)] = embedded.left_out["train"].items()

@@ -29,6 +29,7 @@ def build(folder, tmp_path, **options):
     ).load()
 
 
+@pytest.mark.slow
 def test_the_embedded_text(tmp_path):
     options = dict(vocabulary_size=1000, block_size=64, context_window=32, cache=str(tmp_path))
     data = build_text_source("wikipedia", **options).load()
