@@ -7,7 +7,6 @@ import argparse
 import json
 import math
 import statistics
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,12 @@ from multimax.files import write_json
 
 RUNS = Path("results/runs")
 Result = dict[str, Any]
+# Before schema 2 a task had one model, which the configuration did not name.
+ONLY_MODELS = {
+    "image_classification": "vision_transformer",
+    "language_modeling": "transformer_lm",
+    "translation": "transformer",
+}
 
 
 def collect(folders: list[Path], target: Path = RUNS) -> list[Path]:
@@ -33,23 +38,20 @@ def collect(folders: list[Path], target: Path = RUNS) -> list[Path]:
     return copied
 
 
-def load(scale: str, experiments: list[str], source: Path = RUNS) -> dict[str, list[Result]]:
-    """Results by experiment, ordered by seed.
+def load(source: Path = RUNS) -> list[Result]:
+    """All recorded results, wherever they lie below `source`, in the present schema."""
+    return [upgrade(json.loads(file.read_text())) for file in sorted(source.rglob("*.json"))]
 
-    Raises:
-        ValueError: the runs of one experiment have different configurations, or a seed twice.
-    """
-    loaded: dict[str, list[Result]] = defaultdict(list)
-    for experiment in experiments:
-        files = sorted((source / scale / experiment).glob("*.json"))
-        results = [json.loads(file.read_text()) for file in files]
-        if len({result["config_hash"] for result in results}) > 1:
-            raise ValueError(
-                f"{source / scale / experiment} holds runs of different configurations: "
-                "keep those of one, since their mean would mean nothing"
-            )
-        loaded[experiment] = sorted(results, key=lambda result: result["seed"])
-    return dict(loaded)
+
+def upgrade(result: Result) -> Result:
+    """A result of schema 1 as one of schema 2: the numbers and the settings are the same."""
+    if result["schema"] == 1:
+        config = result["config"]
+        model = {"name": ONLY_MODELS[result["task"]], **config["model"]}
+        best = {"metric": result["best"]["figure"], **result["best"]}
+        del best["figure"]
+        return result | {"schema": 2, "config": config | {"model": model}, "best": best}
+    return result
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:

@@ -1,4 +1,14 @@
-"""What the tables of the paper have in common: from results/runs to .md, .tex and .csv files."""
+"""The tables, from results/runs to .md, .tex and .csv files.
+
+    python -m experiments.tables                       # all of them at small scale
+    python -m experiments.tables table2 --scale paper
+    python -m experiments.tables table1 optimizer.lr=2e-3    # of runs with another setting
+
+A row has the runs with its very configuration, whatever their names and folders. For each table:
+
+    python train.py -m seed=0,1,2 'experiment=glob(deit_*)'   # lm_*, mt_*
+    python -m experiments.results outputs/small
+"""
 
 import argparse
 import csv
@@ -7,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.results import RUNS, Result, load, mean_and_deviation, paired_difference
+from experiments.selection import recorded_settings, select, settings_of
 from multimax.files import write_atomically
+from multimax.registry import look_up
 
 BASELINE = "softmax"
 LABELS = {
@@ -26,7 +38,6 @@ class Table:
     """A table with a row for each experiment of a task.
 
     Attributes:
-        name: of its files.
         title: what was trained.
         prefix: of its experiments, `<prefix>_softmax` and so on.
         variants: keys of `LABELS`, in the order of the rows.
@@ -36,7 +47,6 @@ class Table:
         digits: after the decimal point.
     """
 
-    name: str
     title: str
     prefix: str
     variants: tuple[str, ...]
@@ -51,20 +61,36 @@ class Table:
         spread = ("sd", "seeds", "minus SoftMax", "95 % CI")
         return ("attention", "output", main, *spread, *others)
 
-    def rows(self, scale: str, source: Path = RUNS) -> tuple[list[dict[str, str]], str]:
-        """The cells, empty where there is no run, and a caption."""
-        experiments = [f"{self.prefix}_{variant}" for variant in self.variants]
-        loaded = load(scale, experiments, source)
-        results = dict(zip(self.variants, (loaded[name] for name in experiments), strict=True))
+    def rows(
+        self, scale: str, source: Path = RUNS, overrides: tuple[str, ...] = ()
+    ) -> tuple[list[dict[str, str]], str, list[str]]:
+        """The cells, empty where there is no run; a caption; and what was left out.
+
+        Args:
+            scale: "small" or "paper".
+            source: folder of the recorded results.
+            overrides: settings of the runs that are not those of the experiments.
+        """
+        recorded = [(recorded_settings(result), result) for result in load(source)]
+        results, notes = {}, []
+        for variant in self.variants:
+            experiment = f"{self.prefix}_{variant}"
+            settings = settings_of(f"experiment={experiment}", f"scale={scale}", *overrides)
+            selection = select(settings, recorded)
+            results[variant] = [selection.runs[seed] for seed in sorted(selection.runs)]
+            if selection.left_out:
+                others = ", ".join(selection.left_out)
+                notes.append(f"{experiment}: runs with other settings are left out ({others})")
         runs = [run for variant in results.values() for run in variant]
         split = "test" if any("test" in run["metrics"] for run in runs) else "valid"
         rows = [self._row(variant, results, split) for variant in self.variants]
         examples = {run["metrics"][split]["examples"] for run in runs}
         counted = ", ".join(f"{number:,}" for number in sorted(examples))
-        return rows, (
-            f"{self.title} at {scale} scale, figures of the {counted} {self.unit} of split "
+        caption = (
+            f"{self.title} at {scale} scale, metrics of the {counted} {self.unit} of split "
             f"{split!r}"
         )
+        return rows, caption, notes
 
     def _row(self, variant: str, results: dict[str, list[Result]], split: str) -> dict[str, str]:
         cells = dict.fromkeys(self.columns, "")
@@ -87,19 +113,13 @@ class Table:
             cells["95 % CI"] = f"±{difference[1]:.{self.digits}f}"
         return cells
 
-    def write(self, scale: str, target: Path, source: Path = RUNS) -> list[Path]:
-        """Write the table as .md, .tex and .csv."""
-        rows, caption = self.rows(scale, source)
-        texts = {
-            ".md": self._markdown(rows, caption).encode(),
-            ".tex": self._latex(rows, caption).encode(),
-            ".csv": self._csv(rows).encode(),
+    def files(self, rows: list[dict[str, str]], caption: str) -> dict[str, str]:
+        """The table as Markdown, LaTeX and CSV, by suffix."""
+        return {
+            ".md": self._markdown(rows, caption),
+            ".tex": self._latex(rows, caption),
+            ".csv": self._csv(rows),
         }
-        paths = []
-        for suffix, content in texts.items():
-            paths.append((target / f"{self.name}_{scale}").with_suffix(suffix))
-            write_atomically(paths[-1], lambda stream, c=content: stream.write(c))
-        return paths
 
     def _markdown(self, rows: list[dict[str, str]], caption: str) -> str:
         head = [list(self.columns), ["---"] * len(self.columns)]
@@ -131,9 +151,43 @@ def _by_seed(runs: list[Result], split: str, figure: str) -> dict[int, float]:
     return {seed: value for seed, value in found.items() if value is not None}
 
 
-def main(table: Table, description: str) -> None:
-    """The command line of a table: write it for one scale."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+DENSE = tuple(variant for variant in LABELS if variant != "temperature")
+TABLES = {
+    "table1": Table("DeiT", "deit", tuple(LABELS), {"top-1 %": "top1"}, "images"),
+    "table2": Table(
+        "Language model",
+        "lm",
+        DENSE,
+        {"perplexity": "perplexity", "bits per byte": "bits_per_byte"},
+        "tokens",
+        digits=3,
+    ),
+    "table3": Table("Translation", "mt", DENSE, {"BLEU": "bleu", "chrF": "chrf"}, "sentences"),
+}
+
+
+def main() -> None:
+    """Write the tables that the command line names."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help=f"{', '.join(TABLES)}; all if none is named")
     parser.add_argument("--scale", choices=("small", "paper"), default="small")
-    for path in table.write(parser.parse_args().scale, Path("results/tables")):
-        print(path)
+    arguments = parser.parse_args()
+    overrides = tuple(name for name in arguments.names if "=" in name)
+    names = [name for name in arguments.names if "=" not in name] or list(TABLES)
+    try:
+        for name in names:
+            table = look_up("table", TABLES, name)
+            rows, caption, notes = table.rows(arguments.scale, overrides=overrides)
+            print(*notes, sep="\n", end="\n" if notes else "")
+            for suffix, text in table.files(rows, caption).items():
+                path = Path("results/tables") / f"{name}_{arguments.scale}{suffix}"
+                write_atomically(path, lambda stream, text=text: stream.write(text.encode()))
+                print(path)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

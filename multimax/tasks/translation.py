@@ -145,11 +145,11 @@ class Translation(Task):
         check_not_diverged(split, loss / count, nll / count)
         vocabulary = self.data.languages.target_vocabulary
         lines = [vocabulary.decode(row[: row.index(pairs.eos_index)]) for row in rows]
-        figures, signatures = score_lines(vocabulary, lines, self.data.references[split])
+        metrics, signatures = score_lines(vocabulary, lines, self.data.references[split])
         self.notes = {**self.notes, **signatures}
         prefix = "smoothed_" if model.output.sparse else ""
         perplexity = {f"{prefix}perplexity": math.exp(nll / count)}
-        return figures | {"loss": loss / count} | perplexity
+        return metrics | {"loss": loss / count} | perplexity
 
     def _totals(self, model: TranslationModel, batch: PairBatch) -> Tensor:
         """Loss, negative log-likelihood and number of target tokens."""
@@ -191,9 +191,9 @@ def score_lines(
     """Scores of translated lines by name, and the signatures of sacreBLEU."""
     plain = [vocabulary.plain(line) for line in lines]
     plain_references = [vocabulary.plain(line) for line in references]
-    figures, signatures = {}, {}
+    metrics, signatures = {}, {}
     for name, metric in {"bleu": BLEU(), "chrf": CHRF()}.items():
-        figures[name] = metric.corpus_score(plain, [plain_references]).score
+        metrics[name] = metric.corpus_score(plain, [plain_references]).score
         signatures[name] = str(metric.get_signature())
     words, word_references = (
         [words for line in side if (words := vocabulary.words(line)) is not None]
@@ -201,9 +201,9 @@ def score_lines(
     )
     if words:
         tokenized = BLEU(tokenize="none", smooth_method="none", force=True)
-        figures["tokenized_bleu"] = tokenized.corpus_score(words, [word_references]).score
+        metrics["tokenized_bleu"] = tokenized.corpus_score(words, [word_references]).score
         signatures["tokenized_bleu"] = str(tokenized.get_signature())
-    return figures, signatures
+    return metrics, signatures
 
 
 def build_translation_model(config: Any, languages: Languages) -> TranslationModel:

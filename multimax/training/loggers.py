@@ -24,16 +24,16 @@ log = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
-    """Receives the figures of a run; `update` counts the optimizer updates since its start."""
+    """Receives the metrics of a run; `update` counts the optimizer updates since its start."""
 
     def resume(self, update: int) -> None:
         """Forget what was logged after `update`: it will be logged again."""
 
-    def log(self, update: int, figures: dict[str, float]) -> None:
-        """Record figures by name, such as `train/loss`."""
+    def log(self, update: int, metrics: dict[str, float]) -> None:
+        """Record metrics by name, such as `train/loss`."""
 
     def finish(self, summary: dict[str, float]) -> None:
-        """Record the final figures and close."""
+        """Record the final metrics and close."""
 
 
 class JsonLinesLogger:
@@ -55,9 +55,9 @@ class JsonLinesLogger:
         content = "".join(kept).encode()
         write_atomically(self.path, lambda stream: stream.write(content))
 
-    def log(self, update: int, figures: dict[str, float]) -> None:
+    def log(self, update: int, metrics: dict[str, float]) -> None:
         # fp16 skips updates with infinite gradients, but JSON has no infinity.
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self.path.open("a") as stream:
             stream.write(json.dumps({"update": update, **finite}) + "\n")
 
@@ -96,12 +96,12 @@ class WandbLogger:
             self._give_up(error)
 
     def resume(self, update: int) -> None:
-        pass  # W&B keys its history by the `update` figure, which simply comes again
+        pass  # W&B keys its history by the `update` metric, which simply comes again
 
-    def log(self, update: int, figures: dict[str, float]) -> None:
+    def log(self, update: int, metrics: dict[str, float]) -> None:
         if self.run is not None:
             try:
-                self.run.log({"update": update, **figures})
+                self.run.log({"update": update, **metrics})
             except Exception as error:
                 self._give_up(error)
 
@@ -145,13 +145,13 @@ class ProgressDisplay:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[state]}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self.row = self.bar.add_task("training", total=total, figures="")
+        self.row = self.bar.add_task("training", total=total, state="")
         self.printed = self.started = time.monotonic()
         self.first_update = 0
 
@@ -166,21 +166,19 @@ class ProgressDisplay:
         """Begin at an update other than 0, so that the rate counts only what this process does."""
         self.first_update = update
         self.printed = self.started = time.monotonic()
-        self.bar.reset(self.row, completed=update, figures="")
+        self.bar.reset(self.row, completed=update, state="")
 
     def show(self, update: int, epoch: int, loss: float, learning_rate: float, rate: float) -> None:
         """Show the state after an update; `rate` in units per second."""
-        figures = f"loss {loss:.4f}  {rate:,.0f} {self.unit}/s"
-        self.bar.update(
-            self.row, completed=update, description=f"epoch {epoch + 1}", figures=figures
-        )
+        state = f"loss {loss:.4f}  {rate:,.0f} {self.unit}/s"
+        self.bar.update(self.row, completed=update, description=f"epoch {epoch + 1}", state=state)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.printed > self.every):
             self.printed = now
             per_update = (now - self.started) / max(update - self.first_update, 1)
             left = (self.total - update) * per_update
             self.print(
-                f"epoch {epoch + 1}  update {update}/{self.total}  {figures}  "
+                f"epoch {epoch + 1}  update {update}/{self.total}  {state}  "
                 f"lr {learning_rate:.2e}  {left:.0f} s left"
             )
 

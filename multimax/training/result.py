@@ -17,7 +17,7 @@ from torch import nn
 
 from multimax.normalizers import Normalizer
 
-SCHEMA = 1
+SCHEMA = 2
 PACKAGES = ("multimax", "torch", "torchvision", "timm", "accelerate", "hydra-core", "numpy")
 COLUMNS = {
     "entropy": "entropy",
@@ -93,17 +93,17 @@ def now() -> str:
 
 
 def print_result(console: Console, result: dict[str, Any], folder: Path) -> None:
-    """Print the figures of each split, those of each normalizer, and where everything is."""
-    figures = Table(title=f"{result['experiment']} ({result['scale']} scale)", title_justify="left")
+    """Print the metrics of each split, those of each normalizer, and where everything is."""
+    table = Table(title=f"{result['experiment']} ({result['scale']} scale)", title_justify="left")
     splits = list(result["metrics"])
-    figures.add_column("figure")
+    table.add_column("metric")
     for split in splits:
         examples = result["metrics"][split]["examples"]
-        figures.add_column(f"{split} (n = {examples:,})", justify="right")
+        table.add_column(f"{split} (n = {examples:,})", justify="right")
     names = [name for name in result["metrics"][splits[0]] if name != "examples"]
     for name in names:
-        figures.add_row(name, *(f"{result['metrics'][split][name]:.4g}" for split in splits))
-    console.print(figures)
+        table.add_row(name, *(f"{result['metrics'][split][name]:.4g}" for split in splits))
+    console.print(table)
     _print_normalizers(console, result["normalizers"])
     console.print(
         f"{result['updates']} updates in {result['training_seconds']:.0f} s of training, "

@@ -138,7 +138,7 @@ def _finish(
         "metrics": metrics,
         "notes": task.notes,
         "reported_weights": config.trainer.report,
-        "best": {"figure": task.monitor, "value": position.best, "update": position.best_update},
+        "best": {"metric": task.monitor, "value": position.best, "update": position.best_update},
         "normalizers": _without_nan(trainer.inspect()),
         "learned_scalars": learned_scalars(task.model),
         "parameters": sum(parameter.numel() for parameter in task.model.parameters()),

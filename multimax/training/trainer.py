@@ -36,7 +36,7 @@ class Trainer:
         config: the composed configuration; `trainer`, `optimizer`, `schedule` and `seed` are read.
         folder: the run folder; `last.pt` and `best.pt` are written there.
         accelerator: devices, processes and precision.
-        loggers: receive the figures; empty except in the main process.
+        loggers: receive the metrics; empty except in the main process.
         display: the progress bar.
     """
 
@@ -86,7 +86,7 @@ class Trainer:
 
     @property
     def best_checkpoint(self) -> Path:
-        """The weights at the best value of the task's monitored figure."""
+        """The weights at the best value of the task's monitored metric."""
         return self.folder / "best.pt"
 
     def fit(self, stop_after: int | None = None) -> None:
@@ -117,18 +117,18 @@ class Trainer:
                 return
             started = time.monotonic()
             group = list(itertools.islice(batches, self.accumulation))
-            figures = self._update(group)
+            metrics = self._update(group)
             elapsed = time.monotonic() - started
             position.update += 1
             position.batch += self.accumulation
             position.seconds += elapsed
-            self._report(figures, elapsed)
+            self._report(metrics, elapsed)
             if update + 1 == self.updates_per_epoch:
                 position.epoch, position.batch = position.epoch + 1, 0
             self._after_update()
 
     def _update(self, group: list[Any]) -> dict[str, float]:
-        """One optimizer update from the batches of `group`; returns its figures."""
+        """One optimizer update from the batches of `group`; returns its metrics."""
         if len(group) < self.accumulation:
             raise RuntimeError("the train loader ended before its length: its __len__ is wrong")
         self.model.train()
@@ -138,7 +138,9 @@ class Trainer:
         total = self._sum(torch.tensor(float(sum(weights)), device=self.accelerator.device)).item()
         loss_sum = torch.zeros((), device=self.accelerator.device)
         for index, (batch, weight) in enumerate(zip(group, weights, strict=True)):
-            with self._synchronizing(index == len(group) - 1):
+            # DDP exchanges gradients once an update, with the last of its batches.
+            last = index == len(group) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
                     loss = self.task.loss(self.model, batch)
                 share = weight / total
@@ -169,29 +171,20 @@ class Trainer:
             "train/units": total,
         }
 
-    def _synchronizing(self, last: bool) -> contextlib.AbstractContextManager:
-        # DDP exchanges gradients once an update, with the last of its batches.
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
-
     def _sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
         if self.accelerator.num_processes == 1:
             return tensor
         return cast(Tensor, self.accelerator.reduce(tensor))
 
-    def _report(self, figures: dict[str, float], elapsed: float) -> None:
-        rate = figures.pop("train/units") / elapsed
+    def _report(self, metrics: dict[str, float], elapsed: float) -> None:
+        rate = metrics.pop("train/units") / elapsed
         position = self.position
         if self.display:
-            self.display.show(
-                position.update,
-                position.epoch,
-                figures["train/loss"],
-                figures["train/learning_rate"],
-                rate,
-            )
+            loss, learning_rate = metrics["train/loss"], metrics["train/learning_rate"]
+            self.display.show(position.update, position.epoch, loss, learning_rate, rate)
         if position.update % self.config.trainer.log_every == 0:
-            self.log({**figures, "train/rate": rate})
+            self.log({**metrics, "train/rate": rate})
 
     def _after_update(self) -> None:
         """Evaluate and save where the configuration asks for it, and stop where a signal does."""
@@ -208,27 +201,27 @@ class Trainer:
             raise InterruptedRunError(f"stopped by a signal after update {position.update}")
 
     def evaluate_and_keep_best(self) -> None:
-        """Evaluate on the split of the task's monitored figure and keep the weights if best."""
+        """Evaluate on the split of the task's monitored metric and keep the weights if best."""
         split = self.task.monitor.split("/")[0]
-        figures = self.evaluate(split)
-        self.log({f"{split}/{name}": value for name, value in figures.items()})
-        value = figures[self.task.monitor.split("/")[1]]
+        metrics = self.evaluate(split)
+        self.log({f"{split}/{name}": value for name, value in metrics.items()})
+        value = metrics[self.task.monitor.split("/")[1]]
         best = self.position.best
         if best is None or (value > best if self.task.higher_is_better else value < best):
             self.position.best, self.position.best_update = value, self.position.update
             if self.accelerator.is_main_process:
                 save_checkpoint(self.best_checkpoint, self._weights())
         if self.display:
-            listed = "  ".join(f"{name} {number:.4g}" for name, number in figures.items())
+            listed = "  ".join(f"{name} {number:.4g}" for name, number in metrics.items())
             self.display.print(f"after update {self.position.update}: {split}  {listed}")
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Figures of one split; with EMA also those of the averaged weights, as `ema_...`."""
-        figures = self._evaluate_model(self.task.model, split)
+        metrics = self._evaluate_model(self.task.model, split)
         if self.ema is not None:
             averaged = self._evaluate_model(self.ema.module, split)
-            figures |= {f"ema_{name}": value for name, value in averaged.items()}
-        return figures
+            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+        return metrics
 
     def _evaluate_model(self, model: nn.Module, split: str) -> dict[str, float]:
         model.eval()
@@ -246,10 +239,10 @@ class Trainer:
         ):
             return self.task.inspect(self.task.model)
 
-    def log(self, figures: dict[str, float]) -> None:
-        """Send figures of the current update to all loggers."""
+    def log(self, metrics: dict[str, float]) -> None:
+        """Send metrics of the current update to all loggers."""
         for logger in self.loggers:
-            logger.log(self.position.update, figures)
+            logger.log(self.position.update, metrics)
 
     def _weights(self) -> dict[str, Any]:
         ema = None if self.ema is None else self.ema.module

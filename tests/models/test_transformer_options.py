@@ -75,7 +75,10 @@ def test_initialization():
         (dict(ffn_dim=2.5), "ffn_dim=2.5 must be a whole number >= 1"),
         (dict(dropout=1.0), r"dropout=1.0 must be a number in \[0, 1\)"),
         (dict(attention_dropout=-0.1), "attention_dropout=-0.1 must be a number in"),
-        (dict(adaptive_cutoffs=[8, 16], adaptive_dropout=2), "adaptive_dropout=2 must be a number in"),
+        (
+            dict(adaptive_cutoffs=[8, 16], adaptive_dropout=2),
+            "adaptive_dropout=2 must be a number in",
+        ),
         (dict(adaptive_cutoffs=[16, 8]), "adaptive_cutoffs must rise"),
         (dict(adaptive_cutoffs=[8, 40]), "adaptive_cutoffs must rise"),
         (dict(adaptive_cutoffs=[]), "adaptive_cutoffs must rise"),

@@ -61,7 +61,7 @@ def build(config, rank=0, world_size=1):
 
 
 def evaluate(config, split, world_size=1):
-    """The figures of a split, from all ranks one after the other."""
+    """The metrics of a split, from all ranks one after the other."""
     sums = []
 
     def collect(totals):
@@ -73,8 +73,8 @@ def evaluate(config, split, world_size=1):
     with torch.inference_mode():
         for rank in range(world_size):
             task = build(config, rank, world_size)
-            figures = task.evaluate(task.model.eval(), split, collect)
-    return figures, task
+            metrics = task.evaluate(task.model.eval(), split, collect)
+    return metrics, task
 
 
 def naive_probabilities(task, split):
@@ -94,13 +94,13 @@ def naive_probabilities(task, split):
 def test_evaluation_is_the_naive_one(composed, world_size, window):
     window = f"data.context_window={window}"
     config = composed("lm_multimax", window, f"trainer.batch_size={world_size}")
-    figures, task = evaluate(config, "valid", world_size)
+    metrics, task = evaluate(config, "valid", world_size)
     with torch.inference_mode():
         p, targets = naive_probabilities(task, "valid")
     loss = -p.gather(1, targets[:, None]).log().double().mean().item()
     assert len(targets) == task.splits["valid"]
-    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
-    assert figures["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
 
 
 @pytest.mark.slow
@@ -114,20 +114,20 @@ def test_context_window_changes_the_figures(composed):
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_figures_per_word_and_byte(composed, split):
-    figures, task = evaluate(composed("lm_softmax"), split)
-    total = figures["loss"] * len(task.data.streams[split])
+    metrics, task = evaluate(composed("lm_softmax"), split)
+    total = metrics["loss"] * len(task.data.streams[split])
     words = len(TEXT[split].split()) + TEXT[split].count("\n")
-    assert figures["word_perplexity"] == pytest.approx(math.exp(total / words), rel=1e-6)
+    assert metrics["word_perplexity"] == pytest.approx(math.exp(total / words), rel=1e-6)
     size = len(TEXT[split].encode())
-    assert figures["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-9)
-    assert set(figures) == {"loss", "perplexity", "word_perplexity", "bits_per_byte"}
+    assert metrics["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-9)
+    assert set(metrics) == {"loss", "perplexity", "word_perplexity", "bits_per_byte"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("output", SPARSE)
 def test_sparse_outputs_have_no_perplexity_but_a_smoothed_one(composed, output):
-    figures, task = evaluate(composed("lm_softmax", f"output={output}"), "valid")
-    assert set(figures) == {
+    metrics, task = evaluate(composed("lm_softmax", f"output={output}"), "valid")
+    assert set(metrics) == {
         "loss", "smoothed_perplexity", "smoothed_word_perplexity", "smoothed_bits_per_byte",
     }  # fmt: skip
     with torch.inference_mode():
@@ -142,12 +142,10 @@ def test_sparse_outputs_have_no_perplexity_but_a_smoothed_one(composed, output):
     smoothed = (1 - EPSILON) * p + EPSILON / 270
     nll = -smoothed.log().sum().item()
     words = task.data.words["valid"]
-    assert figures["smoothed_perplexity"] == pytest.approx(math.exp(nll / len(p)), rel=1e-4)
-    assert figures["smoothed_word_perplexity"] == pytest.approx(
-        math.exp(nll / words), rel=1e-4
-    )
+    assert metrics["smoothed_perplexity"] == pytest.approx(math.exp(nll / len(p)), rel=1e-4)
+    assert metrics["smoothed_word_perplexity"] == pytest.approx(math.exp(nll / words), rel=1e-4)
     assert torch.equal(loss, own)
-    assert math.isfinite(figures["loss"])
+    assert math.isfinite(metrics["loss"])
 
 
 @pytest.mark.slow
@@ -162,13 +160,13 @@ def test_sparse_are_those_that_give_zeros(composed, output):
 
 def test_adaptive_output_is_evaluated_too(composed):
     adaptive = ("model.adaptive_cutoffs=[40,100]", "model.adaptive_factor=2")
-    figures, task = evaluate(composed("lm_multimax", *adaptive), "valid", world_size=2)
+    metrics, task = evaluate(composed("lm_multimax", *adaptive), "valid", world_size=2)
     with torch.inference_mode():
         p, targets = naive_probabilities(task, "valid")
     loss = -p.gather(1, targets[:, None]).log().double().mean().item()
-    assert figures["loss"] == pytest.approx(loss, rel=1e-5)
-    figures, _ = evaluate(composed("lm_softmax", "output=entmax15", *adaptive), "valid")
-    assert "smoothed_perplexity" in figures
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    metrics, _ = evaluate(composed("lm_softmax", "output=entmax15", *adaptive), "valid")
+    assert "smoothed_perplexity" in metrics
 
 
 def test_training_loss_is_the_mean_over_the_targets_that_count(composed):
@@ -252,7 +250,7 @@ def test_every_experiment_runs(composed, experiment):
     )
     assert {"perplexity", "word_perplexity"} < set(result["metrics"]["test"])
     assert bool(result["learned_scalars"]) == (experiment == "lm_multimax")
-    assert result["best"]["figure"] == "valid/loss"
+    assert result["best"]["metric"] == "valid/loss"
 
 
 @pytest.mark.slow

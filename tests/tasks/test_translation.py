@@ -88,18 +88,18 @@ def one_by_one(task, split, **options):
 @pytest.mark.parametrize(("split", "beam"), [("valid", 1), ("test", 3)])
 def test_figures_are_those_of_sentences_one_by_one(build, split, beam):
     task = varied(build())
-    figures = evaluate(task, split)
+    metrics = evaluate(task, split)
     lines, likelihood = one_by_one(task, split, beam=beam)
     assert len(set(lines)) > 5
     tokens = int(task.data.splits[split].target.lengths.sum())
     references = [task.data.references[split]]
-    assert figures == {
+    assert metrics == {
         "bleu": BLEU().corpus_score(lines, references).score,
         "chrf": CHRF().corpus_score(lines, references).score,
         "loss": pytest.approx(-likelihood / tokens, rel=1e-5),
         "perplexity": pytest.approx(math.exp(-likelihood / tokens), rel=1e-5),
     }
-    assert figures["chrf"] > 0
+    assert metrics["chrf"] > 0
 
 
 @pytest.mark.slow
@@ -157,9 +157,9 @@ def test_a_sparse_output_has_a_smoothed_perplexity(build):
     task = build("output=sparsemax", "model.embed_dim=32")
     with torch.no_grad():
         task.model.output.weight.mul_(20)  # so that many words get nothing
-    figures = evaluate(task, "valid")
-    assert list(figures) == ["bleu", "chrf", "loss", "smoothed_perplexity"]
-    assert math.isfinite(figures["smoothed_perplexity"])
+    metrics = evaluate(task, "valid")
+    assert list(metrics) == ["bleu", "chrf", "loss", "smoothed_perplexity"]
+    assert math.isfinite(metrics["smoothed_perplexity"])
     assert one_by_one(task, "valid", beam=1)[1] == -math.inf
 
 
@@ -254,7 +254,7 @@ def test_a_run_has_its_signatures_and_counts_in_its_result(build, tmp_path):
     (reason,) = result["notes"]["left_out"]["train"]
     assert reason == "longer than 30 tokens"
     assert result["metrics"]["test"]["examples"] == 40
-    assert result["best"]["figure"] == "valid/bleu"
+    assert result["best"]["metric"] == "valid/bleu"
     (checkpoint,) = tmp_path.rglob("best.pt")
     fingerprint = torch.load(checkpoint, weights_only=True)["fingerprint"]
     assert fingerprint == task.data.languages.fingerprint
@@ -286,13 +286,13 @@ def test_tokenized_bleu_is_of_words_without_smoothing(tmp_path):
     vocabulary = MosesSubwords(tmp_path / "dict.en.txt", tmp_path / "code", "en")
     lines = ["the ca@@ t sa@@ t on the mat .", "it &apos;s he@@ re , is n@@ &apos;t it ?"]
     references = ["the cat sat on the m@@ at !", "it &apos;s here , isn &apos;t it ?"]
-    figures, signatures = score_lines(vocabulary, lines, references)
+    metrics, signatures = score_lines(vocabulary, lines, references)
     words = ["the cat sat on the mat .", "it &apos;s here , is n&apos;t it ?"]
     expected = ["the cat sat on the mat !", "it &apos;s here , isn &apos;t it ?"]
     plain = ["the cat sat on the mat.", "it's here, is n't it?"]
     plain_references = ["the cat sat on the mat!", "it's here, isn't it?"]
     tokenized = BLEU(tokenize="none", smooth_method="none", force=True)
-    assert figures == {
+    assert metrics == {
         "bleu": BLEU().corpus_score(plain, [plain_references]).score,
         "chrf": CHRF().corpus_score(plain, [plain_references]).score,
         "tokenized_bleu": tokenized.corpus_score(words, [expected]).score,

@@ -9,9 +9,9 @@ import pytest
 from tiny import (
     ROOT,
     assert_same,
-    figures,
     history,
     only,
+    outcome,
     run_quietly,
     state,
     tiny_config,
@@ -75,7 +75,7 @@ def assert_as_one_process(folder, one):
             # A rounding difference can tip single images of the 999.
             tolerance = {"abs": 0.31} if "top" in name else {"rel": 2e-4}
             assert got[name] == pytest.approx(value, **tolerance), name
-    metrics, expected = figures(folder)["metrics"], figures(one)["metrics"]
+    metrics, expected = outcome(folder)["metrics"], outcome(one)["metrics"]
     for split, examples in (("valid", 999), ("test", 2000)):
         assert metrics[split]["examples"] == examples
         assert metrics[split]["loss"] == pytest.approx(expected[split]["loss"], rel=2e-4)
@@ -116,4 +116,4 @@ def test_two_processes(tmp_path):
     assert f"at update {stopped}" in finish(start(parts))
     assert_same(state(parts), state(two))
     assert history(parts) == history(two)
-    assert figures(parts) == figures(two)
+    assert outcome(parts) == outcome(two)

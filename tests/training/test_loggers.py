@@ -77,7 +77,7 @@ def test_what_wandb_gets(tmp_path, monkeypatch, caplog):
     assert (options["tags"], options["dir"]) == (["table1", "cell"], folder)
     assert options["config"] == result["config"]
     assert options["id"] == (folder / "wandb_id").read_text()
-    logged = [figures for name, figures in (c for c in run.calls if len(c) == 2) if name == "log"]
+    logged = [metrics for name, metrics in (c for c in run.calls if len(c) == 2) if name == "log"]
     assert logged == [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     assert run.summary["test/top1"] == result["metrics"]["test"]["top1"]
     assert run.calls[0] == ("define_metric", "*")

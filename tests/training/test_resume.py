@@ -11,9 +11,9 @@ import torch
 from tiny import (
     ROOT,
     assert_same,
-    figures,
     history,
     only,
+    outcome,
     run_quietly,
     state,
     tiny_config,
@@ -80,7 +80,7 @@ def interrupt(config, monkeypatch, update):
 def assert_same_run(folder, expected):
     assert_same(state(folder), state(expected))
     assert history(folder) == history(expected)
-    assert figures(folder) == figures(expected)
+    assert outcome(folder) == outcome(expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -113,7 +113,7 @@ def test_resume_from_a_given_checkpoint(tmp_path, monkeypatch):
         assert_same(state(second)["model"], state(whole)["model"])
         assert history(second) == [entry for entry in history(whole) if entry["update"] > 3]
         best = load_checkpoint(only(second, "best.pt"))["position"]
-        assert figures(second)["best"]["update"] == best["update"] > 3
+        assert outcome(second)["best"]["update"] == best["update"] > 3
     with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):
         run_quietly(tiny_config(tmp_path / "third", "resume=nowhere"))
 

@@ -6,9 +6,9 @@ from tiny import (
     Regression,
     assert_same,
     build_trainer,
-    figures,
     history,
     only,
+    outcome,
     run_quietly,
     state,
     tiny_config,
@@ -151,10 +151,10 @@ def test_reported_weights(tmp_path, monkeypatch, report):
     real = Trainer._update
 
     def forgetful(self, group):
-        figures = real(self, group)
+        metrics = real(self, group)
         if self.position.update == 25:
             torch.nn.init.zeros_(self.task.model.head.weight)
-        return figures
+        return metrics
 
     monkeypatch.setattr(Trainer, "_update", forgetful)
     options = "trainer.updates=30", "trainer.evaluate_every=10", "optimizer.lr=3e-3"
@@ -238,10 +238,10 @@ def test_same_seed_same_numbers(tmp_path):
     first, again, other = places
     assert_same(state(again), state(first))
     assert history(again) == history(first)
-    assert figures(again) == figures(first)
+    assert outcome(again) == outcome(first)
     losses = [[entry.get("train/loss") for entry in history(place)] for place in (first, other)]
     assert losses[0][0] != losses[1][0]
-    assert figures(other)["metrics"] != figures(first)["metrics"]
+    assert outcome(other)["metrics"] != outcome(first)["metrics"]
 
 
 def test_loader_shorter_than_it_says(tmp_path):

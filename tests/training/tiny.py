@@ -74,7 +74,7 @@ def state(folder):
     return checkpoint
 
 
-def figures(folder):
+def outcome(folder):
     """What a run resulted in, without what depends on the clock or the folder."""
     result = json.loads(only(folder, "result.json").read_text())
     keys = ("metrics", "best", "normalizers", "learned_scalars", "updates", "parameters", "seed")
@@ -161,14 +161,14 @@ class Recorder:
     def resume(self, update):
         self.entries = [entry for entry in self.entries if entry[0] <= update]
 
-    def log(self, update, figures):
-        self.entries.append((update, figures))
+    def log(self, update, metrics):
+        self.entries.append((update, metrics))
 
     def finish(self, summary):
         pass
 
     def series(self, name):
-        return [figures[name] for _, figures in self.entries if name in figures]
+        return [metrics[name] for _, metrics in self.entries if name in metrics]
 
 
 def build_trainer(folder, task, *overrides, precision="no"):
