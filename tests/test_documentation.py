@@ -63,7 +63,8 @@ def repository():
 
 def looks_like_a_path(name):
     """Whether it has the form of a folder or of a file that could be in the repository."""
-    if name in ELSEWHERE or name.startswith("outputs/"):
+    # mine.py and mine.yaml are what a reader of CONTRIBUTING adds.
+    if name in ELSEWHERE or name.startswith("outputs/") or "mine." in name:
         return False
     return re.fullmatch(rf"[\w.*-]+(/[\w.*-]+)*(/|{SUFFIX})", name) is not None
 
@@ -79,7 +80,7 @@ LINKS = [
 
 def test_readme_is_read():
     assert ("README.md", "demo") in found(r"^make ([\w-]+)")
-    assert ("README.md", "multimax/normalizers/") in PATHS
+    assert ("README.md", "multimax/kernels/csrc/") in PATHS
     assert any(document.name == "README.md" for document, _ in LINKS)
 
 
