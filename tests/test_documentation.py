@@ -1,5 +1,6 @@
 """README, CONTRIBUTING and docs/: the commands, modules and files that they name exist."""
 
+import math
 import os
 import re
 import shlex
@@ -8,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 import multimax
@@ -82,6 +84,22 @@ def test_readme_is_read():
     assert ("README.md", "demo") in found(r"^make ([\w-]+)")
     assert ("README.md", "multimax/kernels/csrc/") in PATHS
     assert any(document.name == "README.md" for document, _ in LINKS)
+
+
+def test_the_normalizer_of_contributing_is_one():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    namespace = {}
+    exec(re.search(r"^```python\n(.*?)^```", text, flags=re.M | re.S).group(1), namespace)
+    module = namespace["ScalableSoftMax"]()
+    scores = torch.randn(2, 3, 5, dtype=torch.float64)
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()[:3]
+    expected = [torch.softmax(0.43 * math.log(n) * scores[..., n - 1, :n], -1) for n in (1, 2, 3)]
+    for row, (n, p) in enumerate(zip((1, 2, 3), expected, strict=True)):
+        torch.testing.assert_close(module.double()(scores, mask=mask)[..., row, :n], p)
+    assert not module.sparse
+    target = torch.tensor([1, 2])
+    loss = multimax.output_loss(module, scores[:, 0], target)
+    torch.testing.assert_close(loss, -module.log_probabilities(scores[:, 0])[[0, 1], target].mean())
 
 
 @pytest.mark.parametrize(("document", "target"), found(r"^(?:\$ )?make ([\w-]+)"))
