@@ -34,16 +34,7 @@ class ImageLoss(Section):
 class ImageClassification(Task):
     """A model on labelled images; metrics are top-1 and top-5 accuracy in percent and the loss.
 
-    Args:
-        config: the composed configuration; `data`, `model`, `attention`, `output`, `loss` and
-            `trainer` are read.
-        rank: of this process.
-        world_size: number of processes.
-        device: where batches go.
-
-    Raises:
-        ValueError: an option of the data, the model or a normalizer is out of range.
-        FileNotFoundError: the data is not where the configuration says.
+    Arguments and errors are those of `multimax.tasks.build_task`.
     """
 
     data_kind, data_sets = "image data set", IMAGE_DATA

@@ -50,16 +50,7 @@ class LanguageModeling(Task):
     uniform one over the vocabulary (`EPSILON` = 0.01): what Martins et al., Sparse Text Generation,
     EMNLP 2020, call epsilon-perplexity.
 
-    Args:
-        config: the composed configuration; `data`, `model`, `attention`, `output`, `loss` and
-            `trainer` are read. A batch is counted in blocks.
-        rank: of this process.
-        world_size: number of processes.
-        device: where batches go.
-
-    Raises:
-        ValueError: an option of the data, the model or a normalizer is out of range.
-        FileNotFoundError: the data is not where the configuration says.
+    A batch is counted in blocks. Arguments and errors are those of `multimax.tasks.build_task`.
     """
 
     data_kind, data_sets = "text data set", TEXT_DATA

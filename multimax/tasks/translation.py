@@ -56,18 +56,8 @@ class Translation(Task):
     - `tokenized_bleu`: of tokenized words, without smoothing, as `fairseq-generate --remove-bpe`
       reports it; only for data that is tokenized.
 
-    Args:
-        config: the composed configuration; `data`, `model`, `attention`, `output`, `decoding`,
-            `loss` and `trainer` are read. Batch sizes are in tokens of the longer side, padding
-            included: `trainer.batch_size` for one update, `trainer.eval_batch_size` for one
-            process.
-        rank: of this process.
-        world_size: number of processes.
-        device: where batches go.
-
-    Raises:
-        ValueError: an option of the data, the model or a normalizer is out of range.
-        FileNotFoundError: the data is not where the configuration says.
+    Batch sizes are in tokens of the longer side, padding included. Arguments and errors are those of
+    `multimax.tasks.build_task`.
     """
 
     data_kind, data_sets = "translation data set", PAIR_DATA
