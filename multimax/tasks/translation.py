@@ -56,8 +56,8 @@ class Translation(Task):
     - `tokenized_bleu`: of tokenized words, without smoothing, as `fairseq-generate --remove-bpe`
       reports it; only for data that is tokenized.
 
-    Batch sizes are in tokens of the longer side, padding included. Arguments and errors are those of
-    `multimax.tasks.build_task`.
+    Batch sizes are in tokens of the longer side, padding included. Arguments and errors are those
+    of `multimax.tasks.build_task`.
     """
 
     data_kind, data_sets = "translation data set", PAIR_DATA
