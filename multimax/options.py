@@ -223,7 +223,7 @@ def _describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
         for noun in ("number", "text"):
             items = items.replace(noun, f"{noun}s", 1)
         return f"a list of {count}{items}"
-    return f"{NAMES.get(annotation, 'a value')}{_range(metadata)}"
+    return f"{NAMES.get(origin, 'a value')}{_range(metadata)}"
 
 
 def _range(metadata: Iterable[Any]) -> str:
