@@ -71,22 +71,26 @@ class WordVocabulary(Vocabulary):
         words: without the special ones.
     """
 
-    padding_index = FAIRSEQ_SPECIALS.index(PADDING)
-    eos_index = FAIRSEQ_SPECIALS.index(END)
-    unknown_index = FAIRSEQ_SPECIALS.index("<unk>")
+    padding_index: int = FAIRSEQ_SPECIALS.index(PADDING)
+    eos_index: int = FAIRSEQ_SPECIALS.index(END)
+    unknown_index: int = FAIRSEQ_SPECIALS.index("<unk>")
 
     def __init__(self, words: Iterable[str]) -> None:
-        self.words = [*FAIRSEQ_SPECIALS, *words]
-        self.size = len(self.words)
-        self.indices = {word: index for index, word in enumerate(self.words)}
+        self.words: list[str] = [*FAIRSEQ_SPECIALS, *words]
+        self.size: int = len(self.words)
+        self.indices: dict[str, int] = {word: index for index, word in enumerate(self.words)}
         if len(self.indices) < self.size:
             [(word, count)] = Counter(self.words).most_common(1)
             raise ValueError(
                 f"a word must be in a vocabulary once, {word!r} is there {count} times"
             )
         fillers = [i for w, i in self.indices.items() if w.startswith("madeupword")]
-        self.never_sampled = [FAIRSEQ_SPECIALS.index("<s>"), self.unknown_index, *fillers]
-        self.fingerprint = digest("\n".join(self.words))
+        self.never_sampled: list[int] = [
+            FAIRSEQ_SPECIALS.index("<s>"),
+            self.unknown_index,
+            *fillers,
+        ]
+        self.fingerprint: str = digest("\n".join(self.words))
 
     @classmethod
     def count(cls, counts: Counter[str]) -> list[tuple[str, int]]:
@@ -142,14 +146,15 @@ class BytePairVocabulary(Vocabulary):
         tokenizer: as `train` returns it.
     """
 
-    padding_index, eos_index = 0, 1
+    padding_index: int = 0
+    eos_index: int = 1
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         tokenizer.encode_special_tokens = True  # a text that spells "</s>" does not end there
-        self.size = tokenizer.get_vocab_size()
+        self.size: int = tokenizer.get_vocab_size()
         self.never_sampled: list[int] = []
-        self.fingerprint = digest(tokenizer.to_str())
+        self.fingerprint: str = digest(tokenizer.to_str())
 
     @classmethod
     def train(cls, lines: Iterable[str], size: int) -> "BytePairVocabulary":
@@ -214,8 +219,10 @@ class PairVocabulary(ABC):
     unknown_index: int
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self.size, self.fingerprint = vocabulary.size, vocabulary.fingerprint
-        self.padding_index, self.eos_index = vocabulary.padding_index, vocabulary.eos_index
+        self.size: int = vocabulary.size
+        self.fingerprint: str = vocabulary.fingerprint
+        self.padding_index: int = vocabulary.padding_index
+        self.eos_index: int = vocabulary.eos_index
 
     @abstractmethod
     def line(self, text: str) -> str:
@@ -289,12 +296,13 @@ class MosesSubwords(PairVocabulary):
     """
 
     def __init__(self, dictionary: Path, codes: Path, language: str) -> None:
-        self.vocabulary = WordVocabulary.read(dictionary)
+        self.vocabulary: WordVocabulary = WordVocabulary.read(dictionary)
         super().__init__(self.vocabulary)
-        self.unknown_index = self.vocabulary.unknown_index
+        self.unknown_index: int = self.vocabulary.unknown_index
         if not codes.is_file():
             raise FileNotFoundError(f"there are no BPE codes at {codes}: prepare the data again")
-        self.codes, self.language = codes, language
+        self.codes: Path = codes
+        self.language: str = language
 
     @cached_property
     def _tokenizer(self) -> MosesTokenizer:

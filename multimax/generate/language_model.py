@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,7 +77,7 @@ def load(checkpoint: Path, data_root: str | None = None) -> tuple[LanguageModel,
 
 
 def continue_text(
-    model: LanguageModel, vocabulary: Vocabulary, prompt: str, **options
+    model: LanguageModel, vocabulary: Vocabulary, prompt: str, **options: Any
 ) -> Iterator[str]:
     """Pieces of the prompt and of its continuation, each as soon as it is sampled.
 

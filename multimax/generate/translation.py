@@ -100,8 +100,10 @@ class Translator:
         decoding: Decoding,
         max_length: int,
     ) -> None:
-        self.model, self.languages = model, languages
-        self.decoding, self.max_length = decoding, max_length
+        self.model: TranslationModel = model
+        self.languages: Languages = languages
+        self.decoding: Decoding = decoding
+        self.max_length: int = max_length
 
     def translate(self, lines: list[str]) -> list[str]:
         """The translation of each line, in order; that of an empty line is empty.

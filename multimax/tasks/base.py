@@ -11,6 +11,9 @@ from multimax.data.loading import EvalLoader, LoadedData, TrainLoader
 from multimax.models.registry import Models
 from multimax.options import Section
 
+DataSets = Mapping[str, Callable[..., Any]]
+Sections = Mapping[str, type[Section]]
+
 LARGEST_LOSS = 700  # nats; beyond it the perplexity is no number
 
 
@@ -36,10 +39,10 @@ class Task(ABC):
     """
 
     data_kind: ClassVar[str]
-    data_sets: ClassVar[Mapping[str, Callable[..., Any]]]
+    data_sets: ClassVar[DataSets]
     models: ClassVar[Models]
     model_arguments: ClassVar[tuple[str, ...]]
-    sections: ClassVar[Mapping[str, type[Section]]] = {}
+    sections: ClassVar[Sections] = {}
     unit: ClassVar[str]
     monitor: ClassVar[str]
     higher_is_better: ClassVar[bool]

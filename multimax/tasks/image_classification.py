@@ -10,12 +10,20 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from multimax.data.images import IMAGE_DATA, build_image_data
+from multimax.data.images.base import ImageData
 from multimax.losses import output_loss
 from multimax.metrics import NormalizerRecorder
 from multimax.models.registry import IMAGE_CLASSIFIERS, build_model
 from multimax.normalizers import Normalizer
 from multimax.options import NotNegative, Probability, Rate, Section
-from multimax.tasks.base import Task, batch_size_per_process, check_counted, describe_model
+from multimax.tasks.base import (
+    DataSets,
+    Sections,
+    Task,
+    batch_size_per_process,
+    check_counted,
+    describe_model,
+)
 
 INSPECTED_BATCHES = 4  # of an evaluation split: enough rows for two digits, cheap on one core
 
@@ -37,17 +45,24 @@ class ImageClassification(Task):
     Arguments and errors are those of `multimax.tasks.build_task`.
     """
 
-    data_kind, data_sets = "image data set", IMAGE_DATA
+    data_kind: ClassVar[str] = "image data set"
+    data_sets: ClassVar[DataSets] = IMAGE_DATA
     models = IMAGE_CLASSIFIERS
-    model_arguments = ("attention", "output", "num_classes", "image_size", "in_channels")
-    sections: ClassVar = {"loss": ImageLoss}
+    model_arguments: ClassVar[tuple[str, ...]] = (
+        "attention",
+        "output",
+        "num_classes",
+        "image_size",
+        "in_channels",
+    )
+    sections: ClassVar[Sections] = {"loss": ImageLoss}
     unit = "images"
     monitor = "valid/top1"
     higher_is_better = True
 
     def __init__(self, config: Any, rank: int, world_size: int, device: torch.device) -> None:
-        self.data = build_image_data(**config.data.given())
-        self.model = build_model(
+        self.data: ImageData = build_image_data(**config.data.given())
+        self.model: nn.Module = build_model(
             self.models,
             **config.model.given(),
             attention=config.attention.given(),
@@ -57,9 +72,9 @@ class ImageClassification(Task):
             in_channels=self.data.channels,
         )
         self.open_loaders(self.data, config, rank, world_size, device)
-        self.label_smoothing = config.loss.label_smoothing
+        self.label_smoothing: float = config.loss.label_smoothing
         batch_size = batch_size_per_process(config, world_size)
-        self.mixup = _build_mixup(config.loss, self.data.num_classes, batch_size)
+        self.mixup: Mixup | None = _build_mixup(config.loss, self.data.num_classes, batch_size)
 
     @property
     def output(self) -> Normalizer:

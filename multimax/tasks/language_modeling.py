@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from multimax.data.text import TEXT_DATA, build_text_source
-from multimax.data.text.blocks import TextBatch
+from multimax.data.text.blocks import TextBatch, TextData
 from multimax.data.vocabulary import Vocabulary
 from multimax.metrics import NormalizerRecorder
 from multimax.models.adaptive import AdaptiveOutput
@@ -19,7 +19,14 @@ from multimax.models.registry import LANGUAGE_MODELS, build_model
 from multimax.models.transformer import LanguageModel
 from multimax.normalizers import Normalizer
 from multimax.options import Rate, Section
-from multimax.tasks.base import Task, check_counted, check_not_diverged, describe_model
+from multimax.tasks.base import (
+    DataSets,
+    Sections,
+    Task,
+    check_counted,
+    check_not_diverged,
+    describe_model,
+)
 
 INSPECTED_BATCHES = 4  # of an evaluation split
 INSPECTED_ROWS = 64  # of each: an output row of WikiText-103 has 267,744 entries
@@ -53,21 +60,27 @@ class LanguageModeling(Task):
     A batch is counted in blocks. Arguments and errors are those of `multimax.tasks.build_task`.
     """
 
-    data_kind, data_sets = "text data set", TEXT_DATA
+    data_kind: ClassVar[str] = "text data set"
+    data_sets: ClassVar[DataSets] = TEXT_DATA
     models = LANGUAGE_MODELS
-    model_arguments = ("vocabulary_size", "padding_index", "attention", "output")
-    sections: ClassVar = {"loss": TokenLoss}
+    model_arguments: ClassVar[tuple[str, ...]] = (
+        "vocabulary_size",
+        "padding_index",
+        "attention",
+        "output",
+    )
+    sections: ClassVar[Sections] = {"loss": TokenLoss}
     unit = "tokens"
     monitor = "valid/loss"
     higher_is_better = False
 
     def __init__(self, config: Any, rank: int, world_size: int, device: torch.device) -> None:
-        self.data = build_text_source(**config.data.given()).load()
-        self.fingerprint = self.data.vocabulary.fingerprint
+        self.data: TextData = build_text_source(**config.data.given()).load()
+        self.fingerprint: str = self.data.vocabulary.fingerprint
         model = build_language_model(config, self.data.vocabulary)
         self.model: LanguageModel = model  # pyright: ignore[reportIncompatibleVariableOverride]
         self.open_loaders(self.data, config, rank, world_size, device)
-        self.label_smoothing = config.loss.label_smoothing
+        self.label_smoothing: float = config.loss.label_smoothing
 
     def describe(self) -> dict[str, str]:
         data, model = self.data, self.model

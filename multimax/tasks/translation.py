@@ -1,7 +1,7 @@
 """Translation with an encoder-decoder Transformer: any normalizer in attention and output layer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from multimax.data.pairs import PAIR_DATA, build_pair_source
 from multimax.data.pairs.batches import PairBatch, TokenTrainLoader
-from multimax.data.pairs.sources import Languages
+from multimax.data.pairs.sources import Languages, PairData
 from multimax.data.vocabulary import PairVocabulary
 from multimax.decoding import beam_search
 from multimax.metrics import NormalizerRecorder
@@ -19,7 +19,7 @@ from multimax.models.output import Output
 from multimax.models.registry import TRANSLATION_MODELS, build_model
 from multimax.models.transformer import TranslationModel
 from multimax.options import Count, NotNegative, Section
-from multimax.tasks.base import Task, check_not_diverged, describe_model
+from multimax.tasks.base import DataSets, Sections, Task, check_not_diverged, describe_model
 from multimax.tasks.language_modeling import TokenLoss, smoothed_negative_log_likelihood
 
 INSPECTED_SENTENCES = 64  # of an evaluation split
@@ -60,24 +60,29 @@ class Translation(Task):
     of `multimax.tasks.build_task`.
     """
 
-    data_kind, data_sets = "translation data set", PAIR_DATA
+    data_kind: ClassVar[str] = "translation data set"
+    data_sets: ClassVar[DataSets] = PAIR_DATA
     models = TRANSLATION_MODELS
-    model_arguments = (
-        "source_vocabulary_size", "target_vocabulary_size", "padding_index", "attention", "output",
-    )  # fmt: skip
-    sections: ClassVar = {"loss": TokenLoss, "decoding": Decoding}
+    model_arguments: ClassVar[tuple[str, ...]] = (
+        "source_vocabulary_size",
+        "target_vocabulary_size",
+        "padding_index",
+        "attention",
+        "output",
+    )
+    sections: ClassVar[Sections] = {"loss": TokenLoss, "decoding": Decoding}
     unit = "tokens"
     monitor = "valid/bleu"
     higher_is_better = True
 
     def __init__(self, config: Any, rank: int, world_size: int, device: torch.device) -> None:
         self.decoding: Decoding = config.decoding
-        self.data = build_pair_source(**config.data.given()).load()
+        self.data: PairData = build_pair_source(**config.data.given()).load()
         model = build_translation_model(config, self.data.languages)
         self.model: TranslationModel = model  # pyright: ignore[reportIncompatibleVariableOverride]
         self.open_loaders(self.data, config, rank, world_size, device)
-        self.label_smoothing = config.loss.label_smoothing
-        self.fingerprint = self.data.languages.fingerprint
+        self.label_smoothing: float = config.loss.label_smoothing
+        self.fingerprint: str = self.data.languages.fingerprint
         self.notes = {"left_out": self.data.left_out}
 
     def describe(self) -> dict[str, str]:
@@ -136,7 +141,7 @@ class Translation(Task):
         vocabulary = self.data.languages.target_vocabulary
         lines = [vocabulary.decode(row[: row.index(pairs.eos_index)]) for row in rows]
         metrics, signatures = score_lines(vocabulary, lines, self.data.references[split])
-        self.notes = {**self.notes, **signatures}
+        self.notes: Mapping[str, Any] = {**self.notes, **signatures}
         prefix = "smoothed_" if model.output.sparse else ""
         perplexity = {f"{prefix}perplexity": math.exp(nll / count)}
         return metrics | {"loss": loss / count} | perplexity

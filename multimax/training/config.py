@@ -35,7 +35,10 @@ from multimax.training.schedules import SCHEDULES
 
 # What changes nothing in the numbers of a run, so that it does not change its folder.
 NOT_IN_HASH = ("output_dir", "resume", "logger", "seed", "name", "tags")
-NOT_IN_HASH_NESTED = {"trainer": ("log_every",), "data": ("root", "num_workers", "cache")}
+NOT_IN_HASH_NESTED: dict[str, tuple[str, ...]] = {
+    "trainer": ("log_every",),
+    "data": ("root", "num_workers", "cache"),
+}
 
 NAME = Field(description="which one; its own settings stand beside it")
 

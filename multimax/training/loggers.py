@@ -13,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -20,7 +21,7 @@ from rich.progress import (
 
 from multimax.files import write_atomically
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class Logger(Protocol):
@@ -114,7 +115,7 @@ class WandbLogger:
                 self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self.run = None
+        self.run: Any = None
         log.warning(
             "Weights & Biases is off for this run (%s: %s); the run goes on and metrics.jsonl has "
             "everything. Silence this with logger.wandb=disabled",
@@ -134,14 +135,16 @@ class ProgressDisplay:
 
     Args:
         console: where to.
-        total: updates of the whole run.
         unit: what the rate counts, such as "images".
         every: seconds between two plain lines.
     """
 
-    def __init__(self, console: Console, total: int, unit: str, every: float = 10.0) -> None:
-        self.console, self.total, self.unit, self.every = console, total, unit, every
-        self.bar = Progress(
+    def __init__(self, console: Console, unit: str, every: float = 10.0) -> None:
+        self.console: Console = console
+        self.total: int = 0
+        self.unit: str = unit
+        self.every: float = every
+        self.bar: Progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -151,9 +154,10 @@ class ProgressDisplay:
             console=console,
             disable=not console.is_terminal,
         )
-        self.row = self.bar.add_task("training", total=total, state="")
-        self.printed = self.started = time.monotonic()
-        self.first_update = 0
+        self.row: TaskID = self.bar.add_task("training", total=None, state="")
+        self.started: float = time.monotonic()
+        self.printed: float = self.started
+        self.first_update: int = 0
 
     def __enter__(self) -> "ProgressDisplay":
         self.bar.__enter__()
@@ -162,11 +166,11 @@ class ProgressDisplay:
     def __exit__(self, *error: Any) -> None:
         self.bar.__exit__(*error)
 
-    def start_at(self, update: int) -> None:
-        """Begin at an update other than 0, so that the rate counts only what this process does."""
-        self.first_update = update
+    def start_at(self, update: int, total: int) -> None:
+        """Begin at an update of a run of `total` updates; the rate counts what comes from here."""
+        self.first_update, self.total = update, total
         self.printed = self.started = time.monotonic()
-        self.bar.reset(self.row, completed=update, state="")
+        self.bar.reset(self.row, total=total, completed=update, state="")
 
     def show(self, update: int, epoch: int, loss: float, learning_rate: float, rate: float) -> None:
         """Show the state after an update; `rate` in units per second."""

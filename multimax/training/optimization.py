@@ -52,12 +52,13 @@ class LearningRate:
         length: int,
         updates_per_unit: int,
     ) -> None:
-        self.optimizer, self.updates_per_unit = optimizer, updates_per_unit
+        self.optimizer: Any = optimizer
+        self.updates_per_unit: int = updates_per_unit
         self.formula: Callable[[int, float], float] | None = None
         if config.name == "cosine":
-            self.per_epoch = config.per_epoch
+            self.per_epoch: bool = config.per_epoch
             steps = 1 if config.per_epoch else updates_per_unit
-            self.scheduler = CosineLRScheduler(
+            self.scheduler: CosineLRScheduler = CosineLRScheduler(
                 optimizer,
                 t_initial=length * steps,
                 lr_min=config.min_lr,
@@ -68,7 +69,7 @@ class LearningRate:
         else:
             options = {name: getattr(config, name) for name in SCHEDULES[config.name]}
             self.formula = partial(FORMULAS[config.name], **options)
-            self.peaks = [group["lr"] for group in optimizer.param_groups]
+            self.peaks: list[float] = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, update: int) -> None:
         """Set the rate for the update with this index, counted from 0."""
@@ -99,7 +100,7 @@ class GradientClipping:
         scalars = normalizer_parameters(model)
         scalar_ids = {id(parameter) for parameter in scalars}
         weights = [parameter for parameter in model.parameters() if id(parameter) not in scalar_ids]
-        self.groups = [group for group in (weights, scalars) if group]
+        self.groups: list[list[nn.Parameter]] = [group for group in (weights, scalars) if group]
         self.max_norm = max_norm
 
     def norms(self) -> list[Tensor]:

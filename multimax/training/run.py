@@ -97,7 +97,7 @@ def _run(
     if accelerator.is_main_process:
         _save_config(config, folder)
         loggers = _loggers(config, folder)
-        display = ProgressDisplay(console, _total_updates(config, task), task.unit)
+        display = ProgressDisplay(console, task.unit)
     trainer = Trainer(task, config, folder, accelerator, loggers, display)
     checkpoint = _checkpoint_to_resume(config, trainer)
     if checkpoint:
@@ -109,12 +109,6 @@ def _run(
             logger.resume(0)
     trainer.fit()
     return _finish(config, trainer, loggers, folder, console)
-
-
-def _total_updates(config: Config, task: Task) -> int:
-    options = config.trainer
-    per_epoch = len(task.train_loader) // options.accumulation
-    return options.updates or (options.epochs or 0) * per_epoch
 
 
 def _finish(

@@ -28,4 +28,4 @@ class StopSignal:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested: bool = True

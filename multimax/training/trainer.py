@@ -49,32 +49,35 @@ class Trainer:
         loggers: list[Logger],
         display: ProgressDisplay | None,
     ) -> None:
-        self.task, self.config, self.folder = task, config, folder
-        self.accelerator, self.loggers, self.display = accelerator, loggers, display
+        self.task: Task = task
+        self.config: Config = config
+        self.folder: Path = folder
+        self.accelerator: Accelerator = accelerator
+        self.loggers: list[Logger] = loggers
+        self.display: ProgressDisplay | None = display
         options = config.trainer
-        self.accumulation = options.accumulation
-        self.updates_per_epoch = len(task.train_loader) // self.accumulation
+        self.accumulation: int = options.accumulation
+        self.updates_per_epoch: int = len(task.train_loader) // self.accumulation
         if not self.updates_per_epoch:
             raise ValueError(
                 f"trainer.batch_size={options.batch_size} is more than the training data: "
                 f"trainer.accumulation={self.accumulation} needs as many batches, of which there "
                 f"are {len(task.train_loader)}; use a smaller trainer.batch_size"
             )
-        self.updates_per_unit = self.updates_per_epoch if options.epochs else 1
-        self.length = options.epochs or options.updates or 0
-        self.total_updates = self.length * self.updates_per_unit
+        self.updates_per_unit: int = self.updates_per_epoch if options.epochs else 1
+        length = options.epochs or options.updates or 0
+        self.total_updates: int = length * self.updates_per_unit
         self.position = Position()
 
         task.model.to(accelerator.device)
         decay = options.ema_decay
-        self.ema = None if decay is None else ModelEmaV3(task.model, decay=decay)
+        self.ema: ModelEmaV3 | None = None if decay is None else ModelEmaV3(task.model, decay=decay)
         if options.compile:
             task.model.compile()
         optimizer = build_optimizer(task.model, config.optimizer)
-        self.learning_rate = LearningRate(
-            optimizer, config.schedule, self.length, self.updates_per_unit
-        )
-        self.clip = GradientClipping(task.model, options.clip_norm)
+        schedule = config.schedule, length, self.updates_per_unit
+        self.learning_rate: LearningRate = LearningRate(optimizer, *schedule)
+        self.clip: GradientClipping = GradientClipping(task.model, options.clip_norm)
         self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self._saved_random_state: dict[str, Any] | None = None
         self._stop = StopSignal()
@@ -99,7 +102,7 @@ class Trainer:
         end = self.total_updates if stop_after is None else min(stop_after, self.total_updates)
         with self._stop, self.display or contextlib.nullcontext():
             if self.display:
-                self.display.start_at(self.position.update)
+                self.display.start_at(self.position.update, self.total_updates)
             while self.position.update < end:
                 self._run_epoch(end)
             if self.position.update < self.total_updates:
@@ -148,12 +151,11 @@ class Trainer:
                 self.accelerator.backward(loss * (share * processes))
             loss_sum += loss.detach().float() * share
         mean_loss = self._sum(loss_sum).item()
-        scaler = self.accelerator.scaler
-        if scaler is not None:
+        if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         norms = self.clip.norms()
         # The scaler of fp16 leaves out an update whose gradients are not finite.
-        finite = scaler is not None or all(math.isfinite(norm) for norm in norms)
+        finite = self.accelerator.scaler is not None or all(math.isfinite(norm) for norm in norms)
         if not (math.isfinite(mean_loss) and finite):
             with self.accelerator.autocast():
                 raise FloatingPointError(
@@ -173,9 +175,8 @@ class Trainer:
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
-        if self.accelerator.num_processes == 1:
-            return tensor
-        return cast(Tensor, self.accelerator.reduce(tensor))
+        alone = self.accelerator.num_processes == 1
+        return tensor if alone else cast(Tensor, self.accelerator.reduce(tensor))
 
     def _report(self, metrics: dict[str, float], elapsed: float) -> None:
         rate = metrics.pop("train/units") / elapsed
@@ -274,7 +275,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.position = Position(**state["position"])
+        self.position: Position = Position(**state["position"])
         if not self.best_checkpoint.exists():  # it stayed in another folder
             self.position.best, self.position.best_update = None, 0
         states = state["random_states"]

@@ -147,8 +147,8 @@ def test_json_lines(tmp_path):
 
 def display_of(terminal, every=0.0):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
-    with ProgressDisplay(console, 40, "images", every=every) as display:
-        display.start_at(10)
+    with ProgressDisplay(console, "images", every=every) as display:
+        display.start_at(10, 40)
         for update in (11, 12):
             display.show(update, 2, 0.5, 1e-3, 1234.0)
         display.print("after update 12: valid  top1 9")

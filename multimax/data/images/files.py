@@ -39,7 +39,7 @@ class FileImageData(ImageData):
         num_workers: processes that load images; 0 loads in the calling process.
     """
 
-    splits: dict[str, Dataset]
+    splits: dict[str, Dataset[Any]]
     train_transform: Any
     eval_transform: Any
     random_erasing: float
@@ -107,7 +107,7 @@ def erase(images: torch.Tensor, probability: float, *key: int) -> torch.Tensor:
 
 
 def build_prefetcher(
-    dataset: Dataset, batch_size: int, workers: int, device: torch.device
+    dataset: Dataset[Any], batch_size: int, workers: int, device: torch.device
 ) -> PrefetchLoader:
     """Batches of the data set in order, normalized on the device; on CUDA, one ahead."""
     loader = image_loader(dataset, batch_size, workers, device)
@@ -115,7 +115,7 @@ def build_prefetcher(
 
 
 def image_loader(
-    dataset: Dataset, batch_size: int, workers: int, device: torch.device, seed: int = 0
+    dataset: Dataset[Any], batch_size: int, workers: int, device: torch.device, seed: int = 0
 ) -> DataLoader:
     """Batches of the data set in order, uint8 in CPU memory; `seed` is that of the workers."""
     return DataLoader(

@@ -37,9 +37,9 @@ class Sentences:
 
     def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
         arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
-        self.lengths = np.array([len(array) for array in arrays], dtype=np.int64)
-        self.ends = self.lengths.cumsum()
-        self.tokens = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
+        self.lengths: np.ndarray = np.array([len(array) for array in arrays], dtype=np.int64)
+        self.ends: np.ndarray = self.lengths.cumsum()
+        self.tokens: np.ndarray = np.concatenate(arrays) if arrays else np.empty(0, np.int32)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -143,8 +143,11 @@ class TokenTrainLoader(TrainLoader):
         device: torch.device,
         seed: int,
     ) -> None:
-        self.pairs, self.rank, self.world_size = pairs, rank, world_size
-        self.device, self.seed = device, seed
+        self.pairs: Pairs = pairs
+        self.rank: int = rank
+        self.world_size: int = world_size
+        self.device: torch.device = device
+        self.seed: int = seed
         order = sorted_by_length(pairs, np.arange(len(pairs)))
         sizes = pairs.sizes[order]
         if len(sizes) and sizes.max() > max_tokens:
@@ -152,7 +155,7 @@ class TokenTrainLoader(TrainLoader):
                 f"a training sentence has {sizes.max()} tokens, more than the {max_tokens} of a "
                 "batch of one process: use a larger trainer.batch_size or a smaller data.max_length"
             )
-        self.cuts = cut_by_tokens(sizes, max_tokens)
+        self.cuts: list[slice] = cut_by_tokens(sizes, max_tokens)
         if len(self.cuts) < world_size:
             raise ValueError(
                 f"{len(pairs)} training pairs give {len(self.cuts)} batches of {max_tokens} tokens "
@@ -186,9 +189,12 @@ class TokenEvalLoader(EvalLoader):
     def __init__(
         self, pairs: Pairs, max_tokens: int, rank: int, world_size: int, device: torch.device
     ) -> None:
-        self.pairs, self.device = pairs, device
-        self.order = sorted_by_length(pairs, np.arange(len(pairs)))
-        self.cuts = cut_by_tokens(pairs.sizes[self.order], max_tokens)[rank::world_size]
+        self.pairs: Pairs = pairs
+        self.device: torch.device = device
+        self.order: np.ndarray = sorted_by_length(pairs, np.arange(len(pairs)))
+        self.cuts: list[slice] = cut_by_tokens(pairs.sizes[self.order], max_tokens)[
+            rank::world_size
+        ]
 
     def __iter__(self) -> Iterator[tuple[Tensor, PairBatch]]:
         for cut in self.cuts:

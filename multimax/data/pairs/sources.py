@@ -100,7 +100,9 @@ class PairSource(ABC):
             raise ValueError(
                 f"data.source={source} and data.target={target} must be de and en, or en and de"
             )
-        self.source, self.target, self.max_length = source, target, max_length
+        self.source = source
+        self.target = target
+        self.max_length: int = max_length
 
     @cached_property
     @abstractmethod
@@ -202,7 +204,8 @@ class LibreOfficeHelp(PairSource):
         cache: str | None = None,
     ) -> None:
         super().__init__(source, target, max_length)
-        self.vocabulary_size, self.cache = vocabulary_size, cache
+        self.vocabulary_size: int = vocabulary_size
+        self.cache: str | None = cache
 
     @cached_property
     def languages(self) -> Languages:
@@ -251,7 +254,7 @@ class Iwslt14(PairSource):
         )
         if root is None:
             raise FileNotFoundError(f"data.root=null must be the folder of IWSLT14: {remedy}")
-        self.root = Path(root).expanduser()
+        self.root: Path = Path(root).expanduser()
         if not self.root.is_dir():
             raise FileNotFoundError(f"data.root={root} is not a folder: {remedy}")
 

@@ -65,7 +65,7 @@ class TextData(LoadedData):
     bytes: dict[str, int]
 
     def __post_init__(self) -> None:
-        self.sizes = {split: len(stream) for split, stream in self.streams.items()}
+        self.sizes: dict[str, int] = {split: len(stream) for split, stream in self.streams.items()}
         for split, size in self.sizes.items():
             if size < self.block_size:
                 raise ValueError(
@@ -112,10 +112,14 @@ class BlockLoader(TrainLoader):
         device: torch.device,
         seed: int,
     ) -> None:
-        self.data, self.batch_size, self.rank, self.world_size = data, batch_size, rank, world_size
-        self.device, self.seed = device, seed
-        self.blocks = -(-data.sizes["train"] // data.block_size)
-        self.length = batches_per_epoch(data.name, self.blocks, batch_size, world_size)
+        self.data: TextData = data
+        self.batch_size: int = batch_size
+        self.rank: int = rank
+        self.world_size: int = world_size
+        self.device: torch.device = device
+        self.seed: int = seed
+        self.blocks: int = -(-data.sizes["train"] // data.block_size)
+        self.length: int = batches_per_epoch(data.name, self.blocks, batch_size, world_size)
 
     def __len__(self) -> int:
         return self.length
@@ -148,9 +152,12 @@ class WindowLoader(EvalLoader):
         world_size: int,
         device: torch.device,
     ) -> None:
-        self.data, self.split, self.batch_size, self.device = data, split, batch_size, device
-        self.step = data.block_size - data.context_window
-        self.blocks = share(-(-data.sizes[split] // self.step), rank, world_size)
+        self.data: TextData = data
+        self.split: str = split
+        self.batch_size: int = batch_size
+        self.device: torch.device = device
+        self.step: int = data.block_size - data.context_window
+        self.blocks: range = share(-(-data.sizes[split] // self.step), rank, world_size)
 
     def __len__(self) -> int:
         """Batches on this rank; ranks can differ by one, and the last batch can be smaller."""

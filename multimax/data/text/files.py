@@ -40,7 +40,8 @@ class TextFileSource(TextSource):
         cache: str | None = None,
     ) -> None:
         super().__init__(block_size, context_window)
-        self.vocabulary_size, self.cache = vocabulary_size, cache
+        self.vocabulary_size: int = vocabulary_size
+        self.cache: str | None = cache
 
     @abstractmethod
     def file(self, split: str) -> Traversable:
@@ -108,8 +109,8 @@ class TextFiles(TextFileSource):
             raise ValueError(
                 "data.root=null: give the folder that has train.txt, valid.txt and test.txt"
             )
-        self.root = Path(root)
-        self.name = self.root.name
+        self.root: Path = Path(root)
+        self.name: str = self.root.name
 
     def file(self, split: str) -> Traversable:
         places = [self.root / f"{split}.txt", self.root / f"{split}.txt.gz"]

@@ -24,7 +24,8 @@ class TextSource(ABC):
                 f"data.context_window={context_window} must be less than "
                 f"data.block_size={block_size}: 0 gives the first tokens of each block no context"
             )
-        self.block_size, self.context_window = block_size, context_window
+        self.block_size: int = block_size
+        self.context_window: int = context_window
 
     @cached_property
     @abstractmethod

@@ -35,7 +35,7 @@ class WikiText103(TextSource):
         super().__init__(block_size, context_window)
         if root is None:
             raise ValueError(f"data.root=null: WikiText-103 must be prepared first; {PREPARE}")
-        self.root = Path(root)
+        self.root: Path = Path(root)
 
     @cached_property
     def _facts(self) -> dict:
