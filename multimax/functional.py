@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Scores at or below it, such as fills of -1e4, -1e9 or finfo.min, count as masked where a modulator
+# could lift them; -1e4 is this number in bf16.
+MASK_FLOOR = -9984.0
+
 
 def to_compute_precision(scores: Tensor) -> Tensor:
     """Half-precision scores as fp32 (fp16 squares overflow at 256), all others as they are.
@@ -31,24 +35,28 @@ def check_mask(mask: Tensor | None) -> None:
 
 
 def masked_softmax(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
-    """SoftMax over the entries where `mask` is True and exactly 0 elsewhere.
+    """SoftMax over the entries where `mask` is True and the score is not -inf; exactly 0 elsewhere.
 
     The fill is finite so that an all-masked row (all zeros) stays free of NaN in both directions;
-    the second `masked_fill` makes its zeros and its zero gradients exact. Modulation comes BEFORE
-    this function: a filled score that is modulated afterwards can end up with all the mass.
+    the second `masked_fill` makes its zeros and its zero gradients exact.
     """
-    if mask is None:
-        return torch.softmax(scores, dim)
+    hidden = hidden_entries(scores, mask)
     lowest = torch.finfo(scores.dtype).min
-    return torch.softmax(scores.masked_fill(~mask, lowest), dim).masked_fill(~mask, 0.0)
+    return torch.softmax(scores.masked_fill(hidden, lowest), dim).masked_fill(hidden, 0.0)
 
 
 def masked_log_softmax(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
-    """The logarithm of `masked_softmax`: -inf where `mask` is False."""
-    if mask is None:
-        return torch.log_softmax(scores, dim)
+    """The logarithm of `masked_softmax`: -inf where that is masked."""
+    hidden = hidden_entries(scores, mask)
     lowest = torch.finfo(scores.dtype).min
-    return torch.log_softmax(scores.masked_fill(~mask, lowest), dim).masked_fill(~mask, -torch.inf)
+    logarithms = torch.log_softmax(scores.masked_fill(hidden, lowest), dim)
+    return logarithms.masked_fill(hidden, -torch.inf)
+
+
+def hidden_entries(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """bool, True for what is masked: by `mask`, or by a score of -inf (NaN is not hidden)."""
+    hidden = scores == -torch.inf
+    return hidden if mask is None else hidden | ~mask
 
 
 def modulate(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
@@ -62,7 +70,8 @@ def modulate(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
         ranges: (2N,), `[b_1, d_1, b_2, d_2, ...]`, in units of the scores.
 
     Returns:
-        Modulated scores of the shape of `scores`, in fp32 or wider.
+        Modulated scores of the shape of `scores`, in fp32 or wider; -inf, without a gradient, where
+        the score is at most `MASK_FLOOR`, which the polynomial could lift above all others.
 
     Raises:
         ValueError: `ts` and `ranges` are not vectors of the same even length.
@@ -76,13 +85,15 @@ def modulate(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
         )
     x = to_compute_precision(scores)
     ts, ranges = ts.to(x.dtype), ranges.to(x.dtype)
+    hidden = x <= MASK_FLOOR
+    x = x.masked_fill(hidden, 0.0)
     modulated = x
     for n in range(1, ts.numel() // 2 + 1):
         low, high = 2 * n - 2, 2 * n - 1
         below = _power(torch.relu(ranges[low] - x), n)
         above = _power(torch.relu(x - ranges[high]), n)
         modulated = modulated + ts[low] * below + ts[high] * above
-    return modulated
+    return modulated.masked_fill(hidden, -torch.inf)
 
 
 def modulate_derivative(scores: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
@@ -122,11 +133,12 @@ def modulated_softmax(
         dim: the dimension that sums to one.
         mask: bool, broadcastable to `scores`, or None.
     """
-    scale, shift = coefficients[0], coefficients[1]
-    modulated = scale * scores + shift
+    hidden = hidden_entries(scores, mask)
+    # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
+    modulated = coefficients[0] * scores.masked_fill(hidden, 0.0) + coefficients[1]
     if coefficients.numel() > 2:
         modulated = modulate(modulated, *coefficients[2:].chunk(2))
-    return masked_softmax(modulated, dim, mask)
+    return masked_softmax(modulated, dim, ~hidden)
 
 
 def eager_attention(

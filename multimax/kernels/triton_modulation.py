@@ -2,7 +2,7 @@
 
 The scalars are a tuple `c = (scale, shift, *ts, *ranges)` of 2 + 4 N numbers; the order N is 0
 (SoftMax with a temperature), 1 or 2. A score s becomes sigma(scale * s + shift), with the sigma of
-`multimax.normalizers.multimax.modulate`.
+`multimax.functional.modulate`.
 
 The gradients of the scalars are sums over all scores. A program keeps one vector for each in
 `sums` (but for the shift, whose gradient follows from the others) and writes its own row at the
@@ -18,6 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from multimax.functional import MASK_FLOOR
+
+FLOOR = tl.constexpr(MASK_FLOOR)
 ORDERS = {2 + 4 * order: order for order in range(3)}
 
 
@@ -74,8 +77,11 @@ def beyond_ranges(x, c, n: tl.constexpr, order: tl.constexpr):
 
 @triton.jit
 def modulate(scores, c, order: tl.constexpr):
-    """sigma(x) and its derivative by x, at x = scale * scores + shift."""
-    x = c[0] * scores + c[1]
+    """sigma(x) and its derivative by x, at x = scale * scores + shift; -inf for what is hidden."""
+    hidden = scores == float("-inf")
+    if order >= 1:
+        hidden |= c[0] * scores + c[1] <= FLOOR
+    x = c[0] * tl.where(hidden, 0.0, scores) + c[1]
     modulated = x
     slope = tl.full(scores.shape, 1.0, scores.dtype)
     if order >= 1:
@@ -86,7 +92,7 @@ def modulate(scores, c, order: tl.constexpr):
         below, above = beyond_ranges(x, c, 2, order)
         modulated += c[4] * (below * below) + c[5] * (above * above)
         slope += 2.0 * (c[5] * above - c[4] * below)
-    return modulated, slope
+    return tl.where(hidden, float("-inf"), modulated), slope
 
 
 @triton.jit

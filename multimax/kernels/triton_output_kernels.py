@@ -113,6 +113,7 @@ def cross_entropy_row(
             places = _places(scores, row, start, block)
             x = tl.load(places, mask=inside, other=0.0).to(dtype)
             z, slope = modulate(x, c, order)
+            x = tl.where(z == float("-inf"), 0.0, x)  # its product with 0 is 0
             y = _smoothed_target(target, row, label, start, classes, smoothing, block, dtype)
             gradient = factor * (mass * tl.exp(z - logsumexp) - y)
             gradient = tl.where(inside, gradient, 0.0)

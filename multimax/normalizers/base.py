@@ -23,7 +23,8 @@ class Normalizer(nn.Module, ABC):
             scores: real, any shape; fp16 and bf16 are computed in fp32.
             dim: the dimension that sums to one.
             mask: bool, broadcastable to `scores`, True where mass is allowed. Masked entries get
-                exactly 0; an all-masked row is all zeros with zero gradients.
+                exactly 0; an all-masked row is all zeros with zero gradients. A score of -inf is
+                masked too; with a modulator also one of at most `functional.MASK_FLOOR`.
         """
 
     @property

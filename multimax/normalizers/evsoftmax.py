@@ -1,8 +1,9 @@
 """Evidential SoftMax: SoftMax over the scores that are at least the mean of their row."""
 
+import torch
 from torch import Tensor
 
-from multimax.functional import check_mask, to_compute_precision
+from multimax.functional import check_mask, hidden_entries, to_compute_precision
 from multimax.normalizers.truncated import TruncatedSoftMax, check_floor, truncated_softmax
 
 
@@ -38,16 +39,13 @@ def _keep(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
     scores = scores.detach()
     # Differences to the maximum: their mean keeps its digits when all scores share a large offset.
     # The maximum itself is always kept, also where rounding puts the mean above it.
-    if mask is None:
-        shifted = scores - scores.amax(dim, keepdim=True)
-        mean = shifted.mean(dim, keepdim=True)
-    else:
-        lowest = scores.new_full((), -float("inf"))
-        largest = scores.where(mask, lowest).amax(dim, keepdim=True)
-        shifted = (scores - largest).where(mask, 0.0)
-        count = mask.expand_as(scores).sum(dim, keepdim=True)
-        mean = shifted.sum(dim, keepdim=True) / count.clamp_min(1)
-    return (shifted >= mean) | (shifted == 0)
+    hidden = hidden_entries(scores, mask)
+    largest = scores.masked_fill(hidden, -torch.inf).amax(dim, keepdim=True)
+    shifted = (scores - largest).masked_fill(hidden, 0.0)
+    count = (~hidden).sum(dim, keepdim=True)
+    mean = shifted.sum(dim, keepdim=True) / count.clamp_min(1)
+    # A NaN is kept, so that the row becomes NaN.
+    return (shifted >= mean) | (shifted == 0) | mean.isnan()
 
 
 class EvSoftMax(TruncatedSoftMax):

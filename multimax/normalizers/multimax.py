@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from multimax.functional import (
     check_mask,
+    hidden_entries,
     masked_softmax,
     modulate,
     modulate_derivative,
@@ -119,7 +120,10 @@ class MultiMax(ModulatedSoftMax):
         if not self.affine:
             return scores
         x = to_compute_precision(scores)
-        return self.scale.to(x.dtype) * x + self.shift.to(x.dtype)
+        hidden = hidden_entries(x, None)
+        # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
+        z = self.scale.to(x.dtype) * x.masked_fill(hidden, 0.0) + self.shift.to(x.dtype)
+        return z.masked_fill(hidden, -torch.inf)
 
     @property
     def fusible(self) -> bool:

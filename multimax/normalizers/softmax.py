@@ -5,7 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from multimax.functional import check_mask, masked_softmax, to_compute_precision
+from multimax.functional import (
+    check_mask,
+    hidden_entries,
+    masked_softmax,
+    to_compute_precision,
+)
 from multimax.normalizers.modulated import ModulatedSoftMax
 
 
@@ -34,7 +39,10 @@ def softmax(
 def _scale(scores: Tensor, temperature: float | Tensor) -> Tensor:
     scores_compute = to_compute_precision(scores)
     if isinstance(temperature, Tensor):
-        return scores_compute / temperature.to(scores_compute.dtype)
+        hidden = hidden_entries(scores_compute, None)
+        # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
+        scaled = scores_compute.masked_fill(hidden, 0.0) / temperature.to(scores_compute.dtype)
+        return scaled.masked_fill(hidden, -torch.inf)
     _check_temperature(temperature)
     return scores_compute if temperature == 1 else scores_compute / temperature
 

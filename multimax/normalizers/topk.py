@@ -42,11 +42,11 @@ def _keep(scores: Tensor, k: int, dim: int, mask: Tensor | None) -> Tensor:
     if k >= scores.size(dim):
         return torch.ones_like(scores, dtype=torch.bool)
     if c_rows.usable(scores):
-        return scores >= c_rows.kth_largest(scores, k, dim, mask)
+        return (scores >= c_rows.kth_largest(scores, k, dim, mask)) | scores.isnan()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     kth_largest = scores.topk(k, dim).values.narrow(dim, k - 1, 1)
-    return scores >= kth_largest
+    return (scores >= kth_largest) | scores.isnan()
 
 
 def _check_k(k: int) -> None:

@@ -125,6 +125,16 @@ def test_large_scores_and_classes_that_are_excluded(device):
     compare(SoftMax(), scores, target)
 
 
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_classes_that_a_score_forbids(name, device):
+    normalizer = build(name).to(device)
+    scores, target = draw(20, device=device)
+    scores[:, 3] = -torch.inf
+    scores[1, 5:9] = -1e5
+    target = target.where((target != 3) & ~((target >= 5) & (target < 9)), 0)
+    compare(normalizer, scores, target)
+
+
 def test_a_target_that_is_no_class_is_nan(device):
     scores, target = draw(11, device=device)
     target[0] = 11

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
 from multimax import LogitNormalizer, Normalizer
+from multimax.functional import MASK_FLOOR
 
 # Dyadic numbers: sums and shifts of them are exact, so that ties and means do not move.
 dyadic_rows = st.lists(st.integers(-64, 64).map(lambda n: n / 8), min_size=1, max_size=9)
@@ -259,8 +260,8 @@ def test_half_precision_is_computed_in_fp32(normalizer):
 
 
 def test_no_score_is_too_low_for_the_mask(normalizer, mask):
-    """A fill of -1e4, as some attention code has it, would be the largest score here."""
-    probabilities = normalizer(torch.full((2, 3, 4, 7), -3e4), mask=mask)
+    """Scores just above the floor at which a modulator takes them for masked."""
+    probabilities = normalizer(torch.full((2, 3, 4, 7), MASK_FLOOR + 1), mask=mask)
     expected = mask / mask.sum(-1, keepdim=True).clamp_min(1)
     torch.testing.assert_close(probabilities, expected.expand(2, 3, 4, 7))
 
@@ -273,11 +274,10 @@ def test_shifted_scores_keep_their_digits(order_preserving):
     torch.testing.assert_close(order_preserving(scores).double(), expected, atol=6e-5, rtol=0)
 
 
-def test_scores_of_minus_infinity_get_exactly_zero(order_preserving, scores):
-    """For MultiMax, which modulates first, there is no such promise: masks are the way."""
+def test_scores_of_minus_infinity_get_exactly_zero(normalizer, scores):
     scores[..., 2] = -math.inf
     scores.requires_grad_()
-    probabilities = order_preserving(scores)
+    probabilities = normalizer(scores)
     probabilities[..., 0].sum().backward()
     assert (probabilities[..., 2] == 0).all()
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 3, 4))

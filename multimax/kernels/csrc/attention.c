@@ -167,7 +167,7 @@ INLINE void backward_tile(Space *s, const Attention *a, Modulator m, int order, 
         memset(p + row.limit, 0, (seen - row.limit) * sizeof(real));
         memset(d + row.limit, 0, (s->width - row.limit) * sizeof(real));
     }
-    pull_back(s->scores, s->d, rows * s->width, m, order, a->mask || a->causal, sums);
+    pull_back(s->scores, s->d, rows * s->width, m, order, sums);
     multiply(seen, s->value_dim, rows, s->p, 1, s->width, s->d_out, s->value_dim, s->d_value,
              s->value_dim, 1);
     multiply(seen, s->dim, rows, s->d, 1, s->width, s->query, s->dim, s->d_key, s->dim, 1);

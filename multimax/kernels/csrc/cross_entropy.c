@@ -68,7 +68,7 @@ INLINE double cross_entropy_row(real *x, real *work, int64_t n, int64_t i, Modul
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) work[j] = work[j] * of_p - spread;
     }
-    pull_back(x, work, n, m, order, 0, sums);
+    pull_back(x, work, n, m, order, sums);
     memcpy(x, work, n * sizeof(real));
     return loss;
 }

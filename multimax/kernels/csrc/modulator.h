@@ -9,6 +9,7 @@
 #include "rows.h"
 
 #define MOST_COEFFICIENTS 10
+#define MASK_FLOOR ((real) - 9984) /* that of functional.py: such scores are masked */
 
 typedef struct {
     real scale, shift, t0, t1, t2, t3, r0, r1, r2, r3;
@@ -34,10 +35,11 @@ INLINE real modulated(real x, Modulator m, int order) {
         real low = positive(m.r2 - z), high = positive(z - m.r3);
         y += m.t2 * low * low + m.t3 * high * high;
     }
+    if (order >= 1) y = z <= MASK_FLOOR ? -INFINITY : y;
     return y;
 }
 
-/* y of a row, -inf where masked; returns the largest. */
+/* y of a row, -inf where masked, also by its score; returns the largest. */
 INLINE real modulate_row(const real *x, real *y, Row row, Modulator m, int order) {
     real highest = -INFINITY;
     if (row.mask) {
@@ -53,6 +55,13 @@ INLINE real modulate_row(const real *x, real *y, Row row, Modulator m, int order
             real value = modulated(x[j], m, order);
             highest = value > highest ? value : highest;
             y[j] = value;
+        }
+    }
+    if (order >= 1 && m.scale <= 0) { /* which has made something else of -inf */
+        highest = -INFINITY;
+        for (int64_t j = 0; j < row.limit; j++) {
+            if (x[j] == -INFINITY) y[j] = -INFINITY;
+            highest = y[j] > highest ? y[j] : highest;
         }
     }
     return highest;
@@ -80,9 +89,8 @@ typedef struct {
     vector s[4], u[4], scale, shift;
 } VectorSums;
 
-INLINE vector pull_back_vector(vector x, vector dy, Modulator m, int order, int masked,
-                               VectorSums *sums) {
-    if (masked) x = where(dy != 0, x); /* a masked score may be anything */
+INLINE vector pull_back_vector(vector x, vector dy, Modulator m, int order, VectorSums *sums) {
+    x = where(dy != 0, x); /* a masked score may be anything */
     vector z = m.scale * x + m.shift, slope = (vector){0} + 1;
     if (order >= 1) {
         vector below = m.r0 - z, above = z - m.r1;
@@ -116,35 +124,31 @@ INLINE vector pull_back_vector(vector x, vector dy, Modulator m, int order, int 
 }
 
 /* From dy to dx, in place, adding to the sums, unless they are NULL; no dy, no gradient. */
-INLINE void pull_back_some(const real *x, real *d, int64_t n, Modulator m, int order, int masked,
+INLINE void pull_back_some(const real *x, real *d, int64_t n, Modulator m, int order,
                            VectorSums *sums) {
     VectorSums local = {0}, *v = NULL;
     if (sums) local = *sums, v = &local; /* in registers */
     int64_t j = 0;
     for (; j + LANES <= n; j += LANES)
-        store(d + j, pull_back_vector(load(x + j), load(d + j), m, order, masked, v));
+        store(d + j, pull_back_vector(load(x + j), load(d + j), m, order, v));
     if (j < n) { /* the rest, padded by zeros, which add nothing */
         real rest_x[LANES], rest_d[LANES];
         for (int64_t i = 0; i < LANES; i++) {
             rest_x[i] = j + i < n ? x[j + i] : 0;
             rest_d[i] = j + i < n ? d[j + i] : 0;
         }
-        store(rest_d, pull_back_vector(load(rest_x), load(rest_d), m, order, masked, v));
+        store(rest_d, pull_back_vector(load(rest_x), load(rest_d), m, order, v));
         memcpy(d + j, rest_d, (n - j) * sizeof(real));
     }
     if (sums) *sums = local;
 }
 
-INLINE void pull_back_block(const real *x, real *d, int64_t n, Modulator m, int order, int masked,
+INLINE void pull_back_block(const real *x, real *d, int64_t n, Modulator m, int order,
                             VectorSums *sums) {
-    if (sums && masked)
-        pull_back_some(x, d, n, m, order, 1, sums);
-    else if (sums)
-        pull_back_some(x, d, n, m, order, 0, sums);
-    else if (masked)
-        pull_back_some(x, d, n, m, order, 1, NULL);
+    if (sums)
+        pull_back_some(x, d, n, m, order, sums);
     else
-        pull_back_some(x, d, n, m, order, 0, NULL);
+        pull_back_some(x, d, n, m, order, NULL);
 }
 
 /* The gradients of the coefficients from the sums over some thousand entries. */
@@ -158,12 +162,11 @@ INLINE void add_sums(const VectorSums *v, Modulator m, int order, double *sums) 
     }
 }
 
-INLINE void pull_back(const real *x, real *d, int64_t n, Modulator m, int order, int masked,
-                      double *sums) {
+INLINE void pull_back(const real *x, real *d, int64_t n, Modulator m, int order, double *sums) {
     for (int64_t start = 0; start < n; start += SEGMENT) {
         int64_t length = start + SEGMENT < n ? SEGMENT : n - start;
         VectorSums of_segment = {0};
-        pull_back_block(x + start, d + start, length, m, order, masked, sums ? &of_segment : NULL);
+        pull_back_block(x + start, d + start, length, m, order, sums ? &of_segment : NULL);
         if (sums) add_sums(&of_segment, m, order, sums);
     }
 }

@@ -35,7 +35,6 @@ INLINE void subtract_row(Row row, const real *p, const real *g, real *dx) {
 INLINE void backward_chunk(const Rows *rows, Modulator m, int order, int64_t start, int64_t end,
                            const real *x, const real *p, const real *g, real *dx, double *sums) {
     int64_t columns = rows->columns, step = columns >= STEP ? 1 : STEP / (columns + 1) + 1;
-    int masked = rows->mask != NULL;
     VectorSums of_chunk = {0};
     for (int64_t first = start; first < end; first += step) {
         int64_t last = first + step < end ? first + step : end;
@@ -45,9 +44,9 @@ INLINE void backward_chunk(const Rows *rows, Modulator m, int order, int64_t sta
         }
         int64_t at = first * columns, n = (last - first) * columns;
         if (n > 2 * STEP)
-            pull_back(x + at, dx + at, n, m, order, masked, sums);
+            pull_back(x + at, dx + at, n, m, order, sums);
         else
-            pull_back_block(x + at, dx + at, n, m, order, masked, sums ? &of_chunk : NULL);
+            pull_back_block(x + at, dx + at, n, m, order, sums ? &of_chunk : NULL);
     }
     if (sums) add_sums(&of_chunk, m, order, sums);
 }
