@@ -107,7 +107,12 @@ def linear_output_loss(
         return losses.reshape(shape[:-1])
     if reduction == "sum":
         return losses
-    return losses / (flat_target.size(0) if soft else (flat_target != ignore_index).sum())
+    if soft:
+        return losses / flat_target.size(0)
+    count = (flat_target != ignore_index).sum()
+    # The mean of no rows is NaN, as in torch, but its gradients are 0: one batch without a target
+    # must not spoil the weights of all processes.
+    return (losses / count.clamp_min(1)).where(count > 0, torch.nan)
 
 
 def _step(

@@ -46,7 +46,11 @@ class Normalizer(nn.Module, ABC):
         return self.log_probabilities(scores, dim, mask)
 
     def modulate(self, scores: Tensor) -> Tensor:
-        """The part of `forward` that changes scores one by one, and so may precede any mask."""
+        """The part of `forward` that changes scores one by one, and so may precede any mask.
+
+        The rest keeps their order: of two entries, the one with the larger modulated score has no
+        smaller probability.
+        """
         return scores
 
     def normalize_modulated(

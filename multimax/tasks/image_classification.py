@@ -111,8 +111,11 @@ class ImageClassification(Task):
         totals = torch.zeros(4, dtype=torch.float64)
         for images, targets in self.eval_loaders[split]:
             scores = model(images).float()
-            loss = output_loss(cast(Normalizer, model.output), scores, targets, reduction="sum")
-            ranked = scores.topk(min(5, scores.size(-1)), dim=-1).indices == targets[:, None]
+            output = cast(Normalizer, model.output)
+            loss = output_loss(output, scores, targets, reduction="sum")
+            # In the order of the probabilities, which that of the scores need not be.
+            order = output.modulate(scores).topk(min(5, scores.size(-1)), dim=-1).indices
+            ranked = order == targets[:, None]
             counts = [ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(targets))]
             totals += torch.stack([count.double().cpu() for count in counts])
         top1, top5, loss, count = reduce(totals.to(self.device)).tolist()

@@ -193,3 +193,22 @@ def test_bad_targets():
         linear_output_loss(SoftMax(), features, weight, target + 11, bias, ignore_index=-89)
     with pytest.raises(ValueError, match="shape of scores without the class dimension"):
         linear_output_loss(SoftMax(), features, weight, target[0], bias)
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_a_mean_over_no_rows_is_nan_and_its_gradients_are_zero(name):
+    """As those of torch's cross-entropy; one such batch must not spoil all processes' weights."""
+    torch.manual_seed(0)
+    normalizer = NORMALIZERS[name]()
+    features, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    target = torch.full((3,), -100)
+    expected = F.cross_entropy(features @ weight.t(), target)
+    wanted = torch.autograd.grad(expected, [features, weight])
+    loss = linear_output_loss(normalizer, features, weight, target)
+    learned = list(normalizer.parameters())
+    got = torch.autograd.grad(loss, [features, weight, *learned], allow_unused=True)
+    assert loss.isnan()
+    assert expected.isnan()
+    for gradient, zero in zip(got[:2], wanted, strict=True):
+        assert torch.equal(gradient, zero)
+    assert all(g is None or (g == 0).all() for g in got)

@@ -1,0 +1,136 @@
+"""The image task: its loss and its metrics next to what is computed by other means."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from multimax import MultiMax, build_normalizer
+from multimax.tasks import build_task
+from multimax.training.config import read_config
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "experiment=deit_softmax", "model.depth=1", "model.embed_dim=16", "model.num_heads=2",
+    "data.crop_padding=0", "data.horizontal_flip=0", "data.random_erasing=0",
+    "trainer.batch_size=20", "trainer.eval_batch_size=300",
+)  # fmt: skip
+
+
+def build(*overrides, rank=0, world_size=1):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = read_config(compose("config", [*TINY, *overrides]))
+    torch.manual_seed(0)
+    return build_task(config, rank, world_size, torch.device("cpu"))
+
+
+class Table(nn.Module):
+    """A model that answers with given scores, image after image, in evaluation mode alone."""
+
+    def __init__(self, scores, output):
+        super().__init__()
+        self.scores, self.output, self.seen = scores, output, 0
+
+    def forward(self, images):
+        assert not self.training
+        self.seen += len(images)
+        return self.scores[self.seen - len(images) : self.seen]
+
+
+def evaluate(task, model, split="valid"):
+    with torch.inference_mode():
+        return task.evaluate(model.eval(), split, lambda totals: totals)
+
+
+def labels(task, split):
+    return torch.cat([targets for _, targets in task.eval_loaders[split]])
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_top1_top5_and_loss(split):
+    task = build()
+    target = labels(task, split)
+    scores = torch.randn(len(target), 10)
+    scores[torch.arange(len(target)), target] += 1.5
+    found = evaluate(task, Table(scores, build_normalizer("softmax")), split)
+    place = (np.argsort(-scores.numpy(), axis=1) == target.numpy()[:, None]).argmax(1)
+    assert found["top1"] == pytest.approx(100 * (place == 0).mean(), abs=1e-9)
+    assert found["top5"] == pytest.approx(100 * (place < 5).mean(), abs=1e-9)
+    assert 30 < found["top1"] < found["top5"] - 10 < 89
+    assert found["loss"] == pytest.approx(F.cross_entropy(scores, target).item(), rel=1e-5)
+
+
+def test_classes_are_ranked_by_probability():
+    """A modulator that falls for large scores gives the second largest most."""
+    task = build()
+    target = labels(task, "valid")
+    output = MultiMax()
+    with torch.no_grad():
+        output.ts.copy_(torch.tensor([0.0, -2.0, 0.0, 0.0]))
+        output.ranges.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    row = torch.tensor([3.0, 1.0, 0.0])
+    probabilities = output(row).tolist()
+    assert probabilities == pytest.approx([0.0900, 0.6652, 0.2447], abs=1e-4)
+    scores = torch.full((len(target), 10), -5.0)
+    number = torch.arange(len(target))
+    scores[number, (target + 1) % 10] = 3.0
+    scores[number, target] = 1.0
+    assert evaluate(task, Table(scores, output))["top1"] == 100
+    assert evaluate(build(), Table(scores, build_normalizer("softmax")))["top1"] == 0
+
+
+def test_label_smoothing_is_of_training_alone():
+    task = build("loss.label_smoothing=0.3")
+    images, targets = next(task.train_loader.batches(0))
+    scores = task.model(images)
+    expected = F.cross_entropy(scores, targets, label_smoothing=0.3)
+    torch.testing.assert_close(task.loss(task.model, (images, targets)), expected)
+    assert not torch.allclose(expected, F.cross_entropy(scores, targets))
+
+
+def test_mixup_has_smoothed_targets_that_sum_to_one(monkeypatch):
+    task = build("loss.label_smoothing=0.2", "loss.mixup=0.8", "loss.cutmix=1.0")
+    images, targets = next(task.train_loader.batches(0))
+    seen = {}
+
+    def spy(normalizer, scores, soft, **options):
+        seen.update(soft=soft, options=options)
+        return scores.sum()
+
+    monkeypatch.setattr("multimax.tasks.image_classification.output_loss", spy)
+    before = images.clone()
+    task.loss(task.model, (images, targets))
+    soft = seen["soft"]
+    assert torch.equal(images, before)
+    assert seen["options"] == {}
+    torch.testing.assert_close(soft.sum(1), torch.ones(20))
+    assert soft.min().item() == pytest.approx(0.2 / 10)
+    top = soft.topk(2, dim=1).values.sum(1)
+    assert ((top - (1 - 8 * 0.02)).abs() < 1e-5).all()
+
+
+def test_every_rank_evaluates_its_share():
+    whole = build()
+    parts = [build(rank=rank, world_size=2) for rank in range(2)]
+    assert sum(len(labels(part, "test")) for part in parts) == len(labels(whole, "test")) == 2000
+    scores = torch.zeros(2000, 10)
+    with pytest.raises(RuntimeError, match=r"evaluated 1000 of 2000 test images"):
+        evaluate(parts[0], Table(scores, build_normalizer("softmax")), "test")
+
+
+def test_what_a_reader_is_told():
+    task = build("attention=multimax", "output=entmax15")
+    lines = task.describe()
+    assert lines["data"] == (
+        "fashion_mnist_subset: 7,000 train, 1,000 valid, 2,000 test images of 28 x 28"
+    )
+    assert lines["attention"].startswith("MultiMax")
+    assert lines["output"] == "EntMax15(alpha=1.5)"
+    assert lines["model"].startswith("VisionTransformer, ")
+    rows = task.inspect(task.model.eval())
+    assert list(rows) == ["blocks.0.attn.normalizer", "output"]
+    assert rows["output"]["entropy_count"] == 1000
