@@ -49,8 +49,11 @@ def sample(
     _check_evaluation(model)
     if prompt.dim() != 1 or not prompt.numel():
         raise ValueError(f"prompt must be (tokens,) with at least one, got {tuple(prompt.shape)}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}: for the best word, top_k=1")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(
+            f"temperature must be a finite number > 0, got {temperature}: for the best word, "
+            "top_k=1"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be >= 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

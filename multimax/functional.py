@@ -15,14 +15,19 @@ MASK_FLOOR = -9984.0
 
 
 def to_compute_precision(scores: Tensor) -> Tensor:
-    """Half-precision scores as fp32 (fp16 squares overflow at 256), all others as they are.
+    """Half-precision scores as fp32 (fp16 squares overflow at 256), fp32 and fp64 as they are.
 
     Raises:
-        ValueError: `scores` is not a real floating-point tensor.
+        ValueError: `scores` is of another dtype, such as an integer or float8.
     """
-    if not scores.is_floating_point():
-        raise ValueError(f"scores must be real floating-point, got {scores.dtype}: use .float()")
-    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        return scores.float()
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"scores must be float16, bfloat16, float32 or float64, got {scores.dtype}: use "
+            ".float()"
+        )
+    return scores
 
 
 def check_mask(mask: Tensor | None) -> None:

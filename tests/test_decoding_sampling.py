@@ -129,7 +129,8 @@ def test_sample_yields_each_token_when_it_is_drawn():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(temperature=0.0), "temperature must be > 0, got 0.0: for the best word, top_k=1"),
+        (dict(temperature=0.0), "temperature must be a finite number > 0, got 0.0: for the best"),
+        (dict(temperature=float("inf")), "temperature must be a finite number > 0, got inf"),
         (dict(top_k=0), "top_k must be >= 1, got 0"),
         (dict(top_p=0.0), r"top_p must be in \(0, 1\], got 0.0"),
         (dict(top_p=1.5), r"top_p must be in \(0, 1\], got 1.5"),

@@ -38,6 +38,7 @@ def c_attention(
     Returns:
         (batch, heads, queries, value_dim).
     """
+    c_library.check_coefficients(coefficients, query)
     seed = torch.randint(2**62, (1,)) if dropout > 0 else None
     return _Attention.apply(query, key, value, coefficients, mask, seed, causal, dropout, scale)
 

@@ -103,6 +103,16 @@ def address(tensor: torch.Tensor) -> int:
     return tensor.data_ptr()
 
 
+def check_coefficients(coefficients: torch.Tensor, scores: torch.Tensor) -> None:
+    """Raise ValueError for coefficients that the kernels, which take addresses, would misread."""
+    expected = torch.promote_types(scores.dtype, torch.float32)
+    if coefficients.dtype != expected or coefficients.device != scores.device:
+        raise ValueError(
+            f"coefficients must be {expected} on {scores.device}, as they are asked for, got "
+            f"{coefficients.dtype} on {coefficients.device}"
+        )
+
+
 def unavailable() -> str | None:
     """Why there are no C kernels, which is also warned of once; None if there are.
 

@@ -46,6 +46,7 @@ def modulated_softmax(
         dim: the dimension that sums to one.
         mask: bool, broadcastable to `scores`, or None.
     """
+    c_library.check_coefficients(coefficients, scores)
     x, row_mask = _rows_last(scores, dim, mask)
     p = _ModulatedSoftMax.apply(x, coefficients, row_mask)
     return p if x is scores else p.movedim(-1, dim)

@@ -153,10 +153,10 @@ def modulated_step(coefficients: Tensor, label_smoothing: float, ignore_index: i
         description = c_library.Target(
             smoothing=label_smoothing, ignored=ignore_index, gradient=gradient
         )
-        setattr(description, "soft" if soft else "target", target.data_ptr())
+        setattr(description, "soft" if soft else "target", c_library.address(target))
         if weight is not None:
             weight = weight.contiguous()
-            description.weight = weight.data_ptr()
+            description.weight = c_library.address(weight)
         shape = (*scores.shape, torch.get_num_threads())
         arguments = (order_of(c), of_scores, scores, description, losses)
         c_library.call(

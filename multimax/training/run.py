@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -78,6 +78,8 @@ def _accelerator(config: Config) -> Accelerator:
     return Accelerator(
         mixed_precision=precision,
         cpu=not torch.cuda.is_available(),
+        # Ours is trainer.accumulation: without this, a variable of the environment would count.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
@@ -161,7 +163,12 @@ def _without_nan(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float
 
 
 def _finished(result_file: Path, console: Console) -> dict[str, Any]:
-    result = json.loads(result_file.read_text())
+    try:
+        result = json.loads(result_file.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{result_file} is damaged ({error}): resume=never keeps it aside and runs again"
+        ) from error
     console.print(
         "this configuration and seed is finished; here is its result (resume=never runs it "
         "again and keeps this one aside)"

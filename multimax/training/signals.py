@@ -1,4 +1,8 @@
-"""SIGTERM and Ctrl-C as a wish to stop, which training grants after the update it is in."""
+"""Signals as a wish to stop, which training grants after the update it is in.
+
+Beside SIGTERM and Ctrl-C these are what a cluster sends before a time limit (SIGUSR1), and what a
+closed terminal sends (SIGHUP).
+"""
 
 import signal
 from types import FrameType
@@ -8,10 +12,14 @@ from typing import Any
 class StopSignal:
     """Whether this process has been asked to stop, while it is a context.
 
-    A second signal raises KeyboardInterrupt at once.
+    A second Ctrl-C does not wait; other signals can come in pairs, from a launcher and a cluster.
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    NUMBERS = tuple(
+        getattr(signal, name)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+        if hasattr(signal, name)  # Windows lacks some
+    )
 
     def __init__(self) -> None:
         self.requested = False
@@ -26,6 +34,6 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested: bool = True

@@ -256,7 +256,7 @@ def test_missing_or_damaged_files(trained, tmp_path):
     ("arguments", "problem"),
     [
         (["a", "--tokens", "0"], "--tokens must be >= 1, got 0"),
-        (["a", "--temperature", "0"], "temperature must be > 0"),
+        (["a", "--temperature", "0"], "temperature must be a finite number > 0"),
         (["a", "--top-k", "0"], "top_k must be >= 1"),
         (["a", "--top-p", "1.5"], "top_p must be in"),
         (["caf\udce9"], "is not UTF-8"),

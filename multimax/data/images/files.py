@@ -1,6 +1,7 @@
 """Image data sets too large for memory: loaders over timm's data sets and transforms."""
 
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,7 +127,17 @@ def image_loader(
         pin_memory=device.type == "cuda",
         # Its own, so that the worker seeds are not drawn from the global random state.
         generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=_ignore_signals,
     )
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Leave a wish to stop to the main process, which still needs batches until it has saved.
+
+    A worker ends with its loader, or when its parent has gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Images(Dataset):

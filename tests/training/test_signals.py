@@ -1,0 +1,94 @@
+"""Signals, and an environment, that must not cost a run its result."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import ROOT, outcome, run_quietly, tiny_config, tiny_overrides
+
+from multimax.training.signals import StopSignal
+from multimax.training.trainer import InterruptedRunError, Trainer
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
+def test_every_wish_to_stop_saves_and_goes_on(tmp_path, monkeypatch, name):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_quietly(tiny_config(whole))
+    real = Trainer._update
+
+    def signalled(self, group):
+        os.kill(os.getpid(), getattr(signal, name))
+        return real(self, group)
+
+    with monkeypatch.context() as context:
+        context.setattr(Trainer, "_update", signalled)
+        with pytest.raises(InterruptedRunError, match=r"after update 1$"):
+            run_quietly(tiny_config(parts))
+    run_quietly(tiny_config(parts))
+    assert outcome(parts) == outcome(whole)
+
+
+def test_only_a_second_ctrl_c_does_not_wait():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_accumulation_is_that_of_the_configuration(tmp_path, monkeypatch):
+    run_quietly(tiny_config(tmp_path / "one"))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run_quietly(tiny_config(tmp_path / "other"))
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "other")
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    run_quietly(tiny_config(tmp_path))
+    (file,) = tmp_path.rglob("result.json")
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(ValueError, match=r"result\.json is damaged .*resume=never keeps it aside"):
+        run_quietly(tiny_config(tmp_path))
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_leaves_the_workers_alone(tmp_path):
+    """As a cluster or a terminal sends it: the workers must not die before the state is saved."""
+    from PIL import Image
+
+    for split, count in (("train", 40), ("val", 4)):
+        for number in range(count):
+            folder = tmp_path / "images" / split / f"class{number % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (number * 5, 0, 90)).save(folder / f"{number}.png")
+    options = tiny_overrides(
+        tmp_path, "data=timm", f"data.root={tmp_path}/images", "data.image_size=28",
+        "data.repeated_augmentation=1", "data.num_workers=2", "trainer.updates=2000",
+        "trainer.evaluate_every=2000", "model.patch_size=7",
+    )  # fmt: skip
+    dropped = ("data.crop_padding", "data.horizontal_flip")
+    command = [o for o in options if not o.startswith(dropped)]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *command],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.rglob("metrics.jsonl")) or not any(
+        path.read_text() for path in tmp_path.rglob("metrics.jsonl")
+    ):
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, said
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert list(tmp_path.rglob("last.pt"))
