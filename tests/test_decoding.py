@@ -138,7 +138,9 @@ def test_words_without_probability_are_chosen_if_there_is_nothing_else():
     bias = model.decoder.layers[-1].final_layer_norm.bias
     with torch.no_grad():
         model.output.weight[EOS] = -50 * bias / bias.square().sum()
-    for (hypothesis,) in beam_search(model, sources(), eos=EOS, beam=3, max_len_b=4):
+    found = beam_search(model, sources(), eos=EOS, beam=3, max_len_b=4)
+    assert len(found) == len(sources()) > 0
+    for (hypothesis,) in found:
         assert hypothesis.score == -math.inf
         assert len(hypothesis.tokens) == 5
         assert hypothesis.tokens.index(EOS) == 4

@@ -81,6 +81,7 @@ def assert_equal(actual, expected, rtol=1e-10, atol=1e-12):
 
 
 def assert_same_bits(actual, expected):
+    assert len(actual) == len(expected) > 0
     assert all(map(torch.equal, actual, expected))
 
 
