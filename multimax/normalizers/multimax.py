@@ -14,6 +14,8 @@ from multimax.functional import (
 from multimax.kernels import c_rows
 from multimax.normalizers.modulated import ModulatedSoftMax
 
+HIGHEST_ORDER = 8  # the powers of higher ones leave fp32
+
 
 def multimax(
     scores: Tensor, ts: Tensor, ranges: Tensor, dim: int = -1, mask: Tensor | None = None
@@ -56,7 +58,7 @@ class MultiMax(ModulatedSoftMax):
     heads of a layer. Parameter names and layout are those of the official checkpoints.
 
     Args:
-        order: N of the modulator; 2 is the paper's (8 scalars).
+        order: N of the modulator, up to 8; 2 is the paper's (8 scalars).
         init: "paper" draws `ts` and `ranges` from a normal of standard deviation 0.02, truncated;
             "identity" starts `ts` at 0, which is plain SoftMax: use it inside a pretrained model.
         affine: also learn a scale and a shift of the scores, sigma(scale x + shift), as the first-
@@ -68,8 +70,8 @@ class MultiMax(ModulatedSoftMax):
 
     def __init__(self, order: int = 2, init: str = "paper", affine: bool = False) -> None:
         super().__init__()
-        if not isinstance(order, int) or order < 1:
-            raise ValueError(f"order must be an integer >= 1, got {order!r}")
+        if not isinstance(order, int) or not 1 <= order <= HIGHEST_ORDER:
+            raise ValueError(f"order must be an integer in [1, {HIGHEST_ORDER}], got {order!r}")
         if init not in ("paper", "identity"):
             raise ValueError(f"init must be 'paper' or 'identity', got {init!r}")
         self.init = init

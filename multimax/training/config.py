@@ -40,6 +40,7 @@ NOT_IN_HASH_NESTED: dict[str, tuple[str, ...]] = {
     "data": ("root", "num_workers", "cache"),
 }
 
+FolderName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
 NAME = Field(description="which one; its own settings stand beside it")
 
 
@@ -60,7 +61,7 @@ class TaskSection(Section):
 class ScaleSection(Section):
     """How large everything is."""
 
-    name: str = Field(description="small: embedded data, a CPU; paper: the paper's recipes")
+    name: FolderName = Field(description="small: embedded data, a CPU; paper: the paper's recipes")
     topk: Count = Field(description="keys that top-k attention keeps")
 
 
@@ -138,7 +139,7 @@ class ScheduleSection(Section):
 class Config(Section):
     """The whole configuration; `config_class` makes the one of a task, data set and so on."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w.+-]*$")] = Field(
+    name: FolderName = Field(
         description="of the experiment and its folder: letters, digits, and . + - _ after the first"
     )
     seed: Whole = Field(description="of weights, order and augmentation")
@@ -177,7 +178,7 @@ def read_config(content: Any) -> Config:
     if isinstance(content, Config):
         return content
     plain = _resolved(content)
-    task: type[Task] = look_up("task", TASKS, _chosen(plain, "task"))
+    task: type[Task] = _look_up(plain, "task", "task", TASKS)
     tables = {
         "attention": ("normalizer", NORMALIZERS),
         "output": ("normalizer", NORMALIZERS),
@@ -185,9 +186,7 @@ def read_config(content: Any) -> Config:
         "model": (f"model of {plain['task']['name']}", task.models),
     }
     for section, (kind, table) in tables.items():
-        name = _chosen(plain, section)
-        _check_task(plain["task"]["name"], section, name)
-        look_up(kind, table, name)
+        _look_up(plain, section, kind, table)
     names = [plain[section]["name"] for section in tables]
     config = validate(config_class(task, *names), plain)
     for section in ("attention", "output"):
@@ -226,6 +225,17 @@ def _resolved(content: Any) -> dict[str, Any]:
     return plain
 
 
+def _look_up(plain: Mapping[str, Any], section: str, kind: str, table: Mapping[str, Any]) -> Any:
+    """What the name in a section stands for; ValueError if there is none, or none for the task."""
+    name = _chosen(plain, section)
+    if section in ("data", "model"):
+        _check_task(plain["task"]["name"], section, name)
+    try:
+        return look_up(kind, table, name)
+    except ValueError as error:
+        raise ValueError(f"{section}.name={as_typed(name)}: {error}") from None
+
+
 def _chosen(plain: Mapping[str, Any], section: str) -> str:
     content = plain.get(section)
     if not isinstance(content, Mapping):
@@ -241,8 +251,8 @@ def _chosen(plain: Mapping[str, Any], section: str) -> str:
 
 def _check_task(task: str, section: str, name: str) -> None:
     """Raise ValueError for a data set or a model that belongs to another task."""
-    attribute = {"data": "data_sets", "model": "models"}.get(section)
-    if attribute is None or name in getattr(TASKS[task], attribute):
+    attribute = {"data": "data_sets", "model": "models"}[section]
+    if name in getattr(TASKS[task], attribute):
         return
     owner = next((other for other in TASKS if name in getattr(TASKS[other], attribute)), None)
     if owner:
@@ -266,8 +276,8 @@ def _check_length(config: Config) -> None:
     known = schedule.name == "cosine" or trainer.updates is not None
     if known and schedule.warmup >= length:
         raise ValueError(
-            f"schedule.warmup={schedule.warmup} leaves nothing of the {length} "
-            f"{'epochs' if trainer.epochs else 'updates'}: use fewer than {length}"
+            f"schedule.warmup={schedule.warmup} leaves nothing of "
+            f"trainer.{'epochs' if trainer.epochs else 'updates'}={length}: use fewer than {length}"
         )
 
 
