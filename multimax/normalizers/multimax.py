@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from multimax.functional import (
+    MASK_FLOOR,
     check_mask,
     hidden_entries,
     masked_softmax,
@@ -126,6 +127,14 @@ class MultiMax(ModulatedSoftMax):
         # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
         z = self.scale.to(x.dtype) * x.masked_fill(hidden, 0.0) + self.shift.to(x.dtype)
         return z.masked_fill(hidden, -torch.inf)
+
+    def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+        if not self.affine:
+            return super().forward(scores, dim, mask)
+        x = to_compute_precision(scores)
+        # The floor is for what comes in: the scale could lift it before it is modulated.
+        p = super().forward(x.masked_fill(x <= MASK_FLOOR, -torch.inf), dim, mask)
+        return p.to(scores.dtype)
 
     @property
     def fusible(self) -> bool:

@@ -119,7 +119,7 @@ def test_a_mask_that_is_not_boolean_is_an_error(normalizer, scores, mask, dtype)
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
 def test_scores_that_are_not_real_are_an_error(normalizer, dtype):
-    with pytest.raises(ValueError, match=f"scores must be real.*{dtype}"):
+    with pytest.raises(ValueError, match=f"scores must be float16, .*{dtype}"):
         normalizer(torch.ones(3, dtype=dtype))
 
 

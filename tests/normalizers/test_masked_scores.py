@@ -65,15 +65,17 @@ def test_minus_infinity_is_the_mask_for_every_normalizer(normalizer, backend):
     assert (got[0][~mask] == 0).all()
 
 
-@pytest.mark.parametrize("scale", [0.0, -2.0])
-def test_minus_infinity_is_masked_whatever_the_learned_scale(scale):
+@pytest.mark.parametrize("scale", [0.0, -2.0, 0.5])
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_fill_is_masked_whatever_the_learned_scale(scale, fill):
     module = MultiMax(affine=True).double()
     with torch.no_grad():
         module.scale.fill_(scale)
+        module.ts.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
     scores, mask = scores_and_mask()
     expected = result(module, scores, mask, "eager")
     for backend in BACKENDS:
-        got = result(module, filled(scores, mask, -math.inf), None, backend)
+        got = result(module, filled(scores, mask, fill), None, backend)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 

@@ -174,7 +174,7 @@ def nan_in_parameter(task):
 
 
 def infinity_in_buffer(task):
-    task.model[0].register_buffer("shift", torch.tensor([0.0, float("-inf")]))
+    task.model[0].register_buffer("shift", torch.tensor([0.0, float("inf")]))
     task.model[0].register_forward_hook(lambda module, _, output: output + module.shift[1])
 
 
