@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimax.functional import to_compute_precision
+from multimax.functional import function_transforms_active, to_compute_precision, values_known
 from multimax.kernels.backend import chosen_backend
 from multimax.kernels.c_rows import obstacle
 from multimax.kernels.linear_loss import (
@@ -19,8 +19,14 @@ from multimax.kernels.linear_loss import (
     reference_step,
     triton_step,
 )
-from multimax.normalizers import EntMax, LogitNormalizer, Normalizer, entmax
-from multimax.normalizers.entmax import check_alpha
+from multimax.normalizers import EntMax, LogitNormalizer, Normalizer
+from multimax.normalizers.entmax import (
+    check_alpha,
+    check_least_alpha,
+    entmax_of_excess,
+    excess_of,
+)
+from multimax.normalizers.entmax_solver import NEAR_ONE, curvature
 
 
 def output_loss(
@@ -52,8 +58,8 @@ def output_loss(
 
     Raises:
         ValueError: an argument has a wrong value, dtype or shape, a class index is out of range
-            (checked on the CPU only: elsewhere the check would wait for the device), or the
-            normalizer has no loss.
+            (checked on the CPU only, where the check does not wait, and not in torch.compile,
+            torch.export and torch.func), or the normalizer has no loss.
     """
     rows = partial(row_losses, normalizer)
     return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
@@ -74,7 +80,8 @@ def linear_output_loss(
 
     A large vocabulary then costs the memory of a chunk of its scores; see
     `multimax.kernels.linear_loss`. Gradients of features, weight, bias and the normalizer's
-    parameters are exact. Second derivatives need `with use_backend("eager")`.
+    parameters are exact. Second derivatives need `with use_backend("eager")`. In torch.func and
+    torch.export it is `output_loss` of the whole scores.
 
     Args:
         normalizer: as in `output_loss`.
@@ -88,9 +95,11 @@ def linear_output_loss(
 
     Raises:
         ValueError: as `output_loss`.
+        RuntimeError: in a backward pass with `create_graph=True`.
     """
     options = (label_smoothing, ignore_index, reduction)
-    if chosen_backend() == "eager":
+    whole = function_transforms_active() or torch.compiler.is_exporting()
+    if whole or chosen_backend() == "eager":
         scores = F.linear(features, weight, bias)
         rows = partial(row_losses, normalizer)
         return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
@@ -107,9 +116,9 @@ def linear_output_loss(
         return losses.reshape(shape[:-1])
     if reduction == "sum":
         return losses
-    if soft:
+    if soft and flat_target.size(0):
         return losses / flat_target.size(0)
-    count = (flat_target != ignore_index).sum()
+    count = flat_target.new_zeros(()) if soft else (flat_target != ignore_index).sum()
     # The mean of no rows is NaN, as in torch, but its gradients are 0: one batch without a target
     # must not spoil the weights of all processes.
     return (losses / count.clamp_min(1)).where(count > 0, torch.nan)
@@ -175,7 +184,7 @@ def _(normalizer: EntMax, scores, target, label_smoothing):
         )
     if normalizer.fixed_alpha == 1:  # the same number as SoftMax, for soft targets too
         return _cross_entropy(to_compute_precision(scores), target, label_smoothing)
-    return _fenchel_young(normalizer.alpha, scores, target, label_smoothing)
+    return _fenchel_young(normalizer.excess, scores, target, label_smoothing)
 
 
 def fenchel_young_loss(
@@ -197,7 +206,7 @@ def fenchel_young_loss(
 
     Args:
         scores, target, label_smoothing, ignore_index, reduction: as in `output_loss`.
-        alpha: a finite number >= 1; or a tensor of one element > 1, which gets a gradient.
+        alpha: a finite number >= 1; or a tensor of one element >= 1, which gets a gradient.
 
     Returns:
         As `output_loss`.
@@ -210,9 +219,13 @@ def fenchel_young_loss(
     """
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
+        excess = alpha - 1
     elif alpha.numel() != 1:
         raise ValueError(f"alpha must have one element, got shape {tuple(alpha.shape)}")
-    rows = partial(_fenchel_young, alpha)
+    else:
+        check_least_alpha(alpha)
+        excess = excess_of(alpha, alpha - 1, to_compute_precision(scores[:0]).dtype)
+    rows = partial(_fenchel_young, excess)
     return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
 
 
@@ -276,7 +289,7 @@ def _check(scores, target, label_smoothing, ignore_index, reduction) -> None:
             f"target must have the shape of scores without the class dimension (the last), "
             f"{tuple(scores.shape[:-1])}, got {tuple(target.shape)}"
         )
-    if target.device.type == "cpu":
+    if values_known(target):
         wrong = target[((target < 0) | (target >= scores.size(-1))) & (target != ignore_index)]
         if wrong.numel():
             raise ValueError(
@@ -292,16 +305,18 @@ def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Te
 
 
 def _fenchel_young(
-    alpha: float | Tensor, scores: Tensor, target: Tensor, label_smoothing: float
+    excess: float | Tensor, scores: Tensor, target: Tensor, label_smoothing: float
 ) -> Tensor:
+    """The loss of each row; `excess` is alpha - 1."""
     x = to_compute_precision(scores)
-    if isinstance(alpha, Tensor):
-        alpha = alpha.reshape(1, 1).to(x.dtype)
+    if isinstance(excess, Tensor):
+        excess = excess.reshape(1, 1).to(x.dtype)
     if target.is_floating_point():
         target = target.to(x.dtype)
         if label_smoothing:
             target = (1 - label_smoothing) * target + label_smoothing / x.size(-1)
-    return _FenchelYoung.apply(x, entmax(x, alpha), alpha, target, label_smoothing)
+    function = _FenchelYoungForward if function_transforms_active() else _FenchelYoung
+    return function.apply(x, entmax_of_excess(x, excess), excess, target, label_smoothing)
 
 
 class _FenchelYoung(torch.autograd.Function):
@@ -312,32 +327,55 @@ class _FenchelYoung(torch.autograd.Function):
     the second derivatives flow. The only (rows, C) tensor that is kept is `p`.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, scores, p, alpha, target, label_smoothing):
-        ctx.label_smoothing = label_smoothing
-        ctx.fixed_alpha = None if isinstance(alpha, Tensor) else alpha
-        ctx.save_for_backward(p, target, *([alpha] if ctx.fixed_alpha is None else []))
+    def forward(scores, p, excess, target, label_smoothing):
         # Differences to the maximum keep their digits; both p and y sum to one.
         scores = scores - scores.amax(-1, keepdim=True)
         expected = (p * scores.where(p > 0, 0.0)).sum(-1)
         observed = _expectation(scores, target, label_smoothing)
-        entropy = _entropy(p, alpha).sum(-1)
-        entropy_target = _sum_over_target(_entropy, alpha, target, label_smoothing, p)
+        entropy = _entropy(p, excess).sum(-1)
+        entropy_target = _sum_over_target(_entropy, excess, target, label_smoothing, p)
         return (expected - observed + entropy - entropy_target).clamp_min(0)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, p, excess, target, ctx.label_smoothing = inputs
+        saved = [p, target, *([excess] if isinstance(excess, Tensor) else [])]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
+
+    @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        p, target, *saved = ctx.saved_tensors
-        grad_scores = grad_alpha = None
+        grad_scores = grad_excess = None
         if ctx.needs_input_grad[0]:
+            p, target, *_ = ctx.saved_tensors
             grad_scores = grad.unsqueeze(-1) * _minus_target(p, target, ctx.label_smoothing)
         if ctx.needs_input_grad[2]:
-            slope = _entropy_slope(p, saved[0]).sum(-1)
-            slope = slope - _sum_over_target(
-                _entropy_slope, saved[0], target, ctx.label_smoothing, p
-            )
-            grad_alpha = (grad * slope).sum().reshape(1, 1)
-        return grad_scores, None, grad_alpha, None, None
+            grad_excess = (grad * _slope(ctx)).sum().reshape(1, 1)
+        return grad_scores, None, grad_excess, None, None
+
+
+class _FenchelYoungForward(_FenchelYoung):
+    """With a forward derivative too, which torch.compile cannot trace."""
+
+    @staticmethod
+    def jvp(ctx, tangent, p_tangent, excess_tangent, *_):  # pyright: ignore[reportIncompatibleMethodOverride]
+        p, target, *_ = ctx.saved_tensors
+        result = torch.zeros_like(p[:, 0])
+        if tangent is not None:
+            result = (tangent * _minus_target(p, target, ctx.label_smoothing)).sum(-1)
+        if excess_tangent is not None:
+            result = result + (_slope(ctx) * excess_tangent).reshape(result.shape)
+        return result
+
+
+def _slope(ctx: Any) -> Tensor:
+    """d loss / d excess of each row, where p is held."""
+    p, target, excess = ctx.saved_tensors
+    of_target = _sum_over_target(_entropy_slope, excess, target, ctx.label_smoothing, p)
+    return _entropy_slope(p, excess).sum(-1) - of_target
 
 
 def _expectation(values: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
@@ -359,26 +397,48 @@ def _minus_target(p: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     return residual - label_smoothing / p.size(-1) if label_smoothing else residual
 
 
-def _sum_over_target(function, alpha, target, label_smoothing, p) -> Tensor:
-    """The sum of `function(y_i, alpha)` over the classes: (rows,), or (1,) for class indices."""
+def _sum_over_target(function, excess, target, label_smoothing, p) -> Tensor:
+    """The sum of `function(y_i, excess)` over the classes: (rows,), or (1,) for class indices."""
     if target.is_floating_point():
-        return function(target, alpha).sum(-1)
+        return function(target, excess).sum(-1)
     rest = label_smoothing / p.size(-1)
-    values = function(p.new_tensor([[1 - label_smoothing + rest, rest]]), alpha)
+    values = function(p.new_tensor([[1 - label_smoothing + rest, rest]]), excess)
     return values[:, 0] + (p.size(-1) - 1) * values[:, 1]
 
 
-def _entropy(p: Tensor, alpha: float | Tensor) -> Tensor:
+def _entropy(p: Tensor, excess: float | Tensor) -> Tensor:
     """Each entry's part of the Tsallis entropy H; `expm1` keeps its digits for alpha near 1."""
-    if not isinstance(alpha, Tensor) and alpha == 1:
+    if not isinstance(excess, Tensor) and excess == 0:
         return torch.special.entr(p)
     log_p = p.where(p > 0, 1.0).log()
-    return -p * torch.expm1((alpha - 1) * log_p) / (alpha * (alpha - 1))
+    alpha = 1 + excess
+    if not isinstance(excess, Tensor):
+        return -p * torch.expm1(excess * log_p) / (alpha * excess)
+    near = excess < NEAR_ONE
+    a = excess.where(~near, 1.0)
+    far = -p * torch.expm1(a * log_p) / (alpha * a)
+    return torch.where(near, -p * _growth(log_p, excess.where(near, 0.0)) / alpha, far)
 
 
-def _entropy_slope(p: Tensor, alpha: Tensor) -> Tensor:
-    """d `_entropy` / d alpha."""
+def _growth(log_p: Tensor, excess: Tensor) -> Tensor:
+    """`expm1(excess log_p) / excess`, which is log_p at excess 0."""
+    y = excess * log_p
+    tiny = y.abs() < 2**-18
+    divisor = excess.where(excess > 0, 1.0)
+    return torch.where(tiny, log_p * (1 + y / 2 + y * y / 6), torch.expm1(y) / divisor)
+
+
+def _entropy_slope(p: Tensor, excess: Tensor) -> Tensor:
+    """d `_entropy` / d excess."""
     log_p = p.where(p > 0, 1.0).log()
-    product = alpha * (alpha - 1)
-    power_slope = -p * log_p * torch.exp((alpha - 1) * log_p)  # d(-p^alpha) / d alpha
-    return (power_slope - (2 * alpha - 1) * _entropy(p, alpha)) / product
+    near = excess < NEAR_ONE
+    a = excess.where(~near, 1.0)
+    alpha = 1 + a
+    power_slope = -p * log_p * torch.exp(a * log_p)  # d(-p^alpha) / d alpha
+    far = (power_slope - (2 * alpha - 1) * _entropy(p, a)) / (alpha * a)
+    # The same without the terms in 1 / excess, which cancel.
+    a = excess.where(near, 0.0)
+    alpha = 1 + a
+    growth_slope = -log_p * log_p * torch.exp(a * log_p) * curvature(a * log_p)
+    close = -p * (growth_slope / alpha - _growth(log_p, a) / (alpha * alpha))
+    return torch.where(near, close, far)

@@ -52,7 +52,8 @@ def entmax(
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
         return entmax_of_excess(scores, alpha - 1, dim, mask)
-    _check_alpha_tensor(alpha, scores, dim)
+    _check_alpha_shape(alpha, scores, dim)
+    check_least_alpha(alpha)
     excess = excess_of(alpha, alpha - 1, to_compute_precision(scores[:0]).dtype)
     return entmax_of_excess(scores, excess, dim, mask)
 
@@ -88,7 +89,13 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha must be a finite number >= 1, got {alpha}")
 
 
-def _check_alpha_tensor(alpha: Tensor, scores: Tensor, dim: int) -> None:
+def check_least_alpha(alpha: Tensor) -> None:
+    """Raise ValueError for values that define no entmax, where they may be looked at."""
+    if values_known(alpha) and (alpha < 1).any():
+        raise ValueError(f"alpha must be >= 1, got {alpha.min().item():g}")
+
+
+def _check_alpha_shape(alpha: Tensor, scores: Tensor, dim: int) -> None:
     fits = alpha.dim() <= scores.dim()
     aligned = (1,) * (scores.dim() - alpha.dim()) + alpha.shape
     if not fits or aligned[dim] != 1:
@@ -96,8 +103,6 @@ def _check_alpha_tensor(alpha: Tensor, scores: Tensor, dim: int) -> None:
             f"alpha of shape {aligned} must broadcast to scores of shape "
             f"{tuple(scores.shape)} and have size 1 along dim {dim}"
         )
-    if values_known(alpha) and (alpha < 1).any():
-        raise ValueError(f"alpha must be >= 1, got {alpha.min().item():g}")
 
 
 class _EntMax(torch.autograd.Function):
