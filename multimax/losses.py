@@ -1,7 +1,7 @@
 """The loss that belongs to an output normalizer: cross-entropy, or a Fenchel-Young loss."""
 
 from collections.abc import Callable, Sequence
-from functools import partial, singledispatch
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -145,37 +145,60 @@ def _step(
     return reference_step(losses, parameters), parameters
 
 
-@singledispatch
-def row_losses(
-    normalizer: Normalizer, scores: Tensor, target: Tensor, label_smoothing: float
-) -> Tensor:
-    """One loss for each row; dispatches on the class of the normalizer.
+class RowLosses:
+    """One loss for each row, by a function that is registered for the class of the normalizer.
 
-    Args:
-        normalizer: the output normalizer.
-        scores: (rows, C), real.
-        target: (rows,) int64 class indices in [0, C), or (rows, C) probabilities.
-        label_smoothing: in [0, 1).
-
-    Returns:
-        (rows,), fp32 or wider.
-
-    Raises:
-        ValueError: no loss is registered for this class.
+    As `functools.singledispatch`, which torch.compile cannot trace.
     """
-    name = type(normalizer).__name__
-    raise ValueError(
-        f"{name} has no loss: derive it from LogitNormalizer, or register one with "
-        f"`multimax.losses.row_losses.register({name})`"
-    )
+
+    def __init__(self) -> None:
+        self._functions: dict[type, Callable[..., Tensor]] = {}
+
+    def register(
+        self, kind: type[Normalizer], function: Callable[..., Tensor] | None = None
+    ) -> Any:
+        """Register a function with the arguments and the result of a call; also a decorator."""
+        if function is None:
+            return partial(self.register, kind)
+        self._functions[kind] = function
+        return function
+
+    def __call__(
+        self, normalizer: Normalizer, scores: Tensor, target: Tensor, label_smoothing: float
+    ) -> Tensor:
+        """The losses.
+
+        Args:
+            normalizer: the output normalizer.
+            scores: (rows, C), real.
+            target: (rows,) int64 class indices in [0, C), or (rows, C) probabilities.
+            label_smoothing: in [0, 1).
+
+        Returns:
+            (rows,), fp32 or wider.
+
+        Raises:
+            ValueError: no loss is registered for this class.
+        """
+        for kind in type(normalizer).__mro__:
+            if kind in self._functions:
+                return self._functions[kind](normalizer, scores, target, label_smoothing)
+        name = type(normalizer).__name__
+        raise ValueError(
+            f"{name} has no loss: derive it from LogitNormalizer, or register one with "
+            f"`multimax.losses.row_losses.register({name})`"
+        )
 
 
-@row_losses.register
+row_losses = RowLosses()
+
+
+@row_losses.register(LogitNormalizer)
 def _(normalizer: LogitNormalizer, scores, target, label_smoothing):
     return _cross_entropy(normalizer.logits(scores), target, label_smoothing)
 
 
-@row_losses.register
+@row_losses.register(EntMax)
 def _(normalizer: EntMax, scores, target, label_smoothing):
     if normalizer.heads is not None:
         raise ValueError(
