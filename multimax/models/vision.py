@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from multimax.attention import attention
+from multimax.functional import function_transforms_active
 from multimax.models.official_names import rename_official_keys
 from multimax.normalizers import Normalizer, build_preserving_rng
 from multimax.options import Count, Positive, Rate, checked
@@ -64,7 +65,8 @@ class NormalizedAttention(Attention):
             (batch, tokens, dim).
 
         Raises:
-            ValueError: an additive mask has other finite values than 0.
+            ValueError: an additive mask has other finite values than 0 (not checked when compiled
+                or exported).
         """
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
@@ -108,7 +110,8 @@ def _boolean_mask(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.dtype == torch.bool:
         return mask
     boolean = mask == 0
-    if not (boolean | (mask == -math.inf)).all():
+    in_graph = torch.compiler.is_compiling() or function_transforms_active()
+    if not in_graph and not (boolean | (mask == -math.inf)).all():
         raise ValueError(
             "an additive attn_mask may hold only 0 and -inf: a finite bias is not defined for a "
             "general normalizer; pass a boolean mask"

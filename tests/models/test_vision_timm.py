@@ -104,6 +104,14 @@ def test_a_traced_model():
     torch.testing.assert_close(traced(IMAGES), ours(IMAGES))
 
 
+def test_an_additive_mask_in_a_graph():
+    torch._dynamo.reset()
+    layer, x = normalized_attention("multimax")(16, num_heads=2), torch.randn(2, 5, 16)
+    mask = torch.zeros(5, 5).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, attn_mask=mask), layer(x, is_causal=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["multimax", "sparsemax", "entmax15", "entmax"])
 def test_an_exported_model(name):
