@@ -140,6 +140,7 @@ def test_alpha_of_a_loss_under_transforms(alpha):
     equal(along, expected)
 
 
+@pytest.mark.slow
 @each_of_the_family
 def test_an_exported_program_holds_torch_operations_alone(name):
     module = FAMILY[name]()

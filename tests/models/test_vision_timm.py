@@ -104,6 +104,7 @@ def test_a_traced_model():
     torch.testing.assert_close(traced(IMAGES), ours(IMAGES))
 
 
+@pytest.mark.slow
 def test_an_additive_mask_in_a_graph():
     torch._dynamo.reset()
     layer, x = normalized_attention("multimax")(16, num_heads=2), torch.randn(2, 5, 16)
