@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Scores at or below it, such as fills of -1e4, -1e9 or finfo.min, count as masked where a modulator
 # could lift them; -1e4 is this number in bf16.
@@ -28,6 +29,17 @@ def to_compute_precision(scores: Tensor) -> Tensor:
             ".float()"
         )
     return scores
+
+
+def function_transforms_active() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def values_known(tensor: Tensor) -> bool:
+    """Whether its values may be looked at: not where that waits, or is not possible in a graph."""
+    known = tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return known and not function_transforms_active()
 
 
 def check_mask(mask: Tensor | None) -> None:

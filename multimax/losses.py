@@ -1,7 +1,7 @@
 """The loss that belongs to an output normalizer: cross-entropy, or a Fenchel-Young loss."""
 
 from collections.abc import Callable, Sequence
-from functools import partial, singledispatch
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimax.functional import to_compute_precision
+from multimax.functional import function_transforms_active, to_compute_precision, values_known
 from multimax.kernels.backend import chosen_backend
 from multimax.kernels.c_rows import obstacle
 from multimax.kernels.linear_loss import (
@@ -19,8 +19,9 @@ from multimax.kernels.linear_loss import (
     reference_step,
     triton_step,
 )
-from multimax.normalizers import EntMax, LogitNormalizer, Normalizer, entmax
-from multimax.normalizers.entmax import check_alpha
+from multimax.normalizers import EntMax, LogitNormalizer, Normalizer
+from multimax.normalizers.entmax import check_alpha, check_least_alpha, excess_of
+from multimax.normalizers.fenchel_young import fenchel_young_rows
 
 
 def output_loss(
@@ -52,8 +53,8 @@ def output_loss(
 
     Raises:
         ValueError: an argument has a wrong value, dtype or shape, a class index is out of range
-            (checked on the CPU only: elsewhere the check would wait for the device), or the
-            normalizer has no loss.
+            (checked on the CPU only, where the check does not wait, and not in torch.compile,
+            torch.export and torch.func), or the normalizer has no loss.
     """
     rows = partial(row_losses, normalizer)
     return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
@@ -74,7 +75,8 @@ def linear_output_loss(
 
     A large vocabulary then costs the memory of a chunk of its scores; see
     `multimax.kernels.linear_loss`. Gradients of features, weight, bias and the normalizer's
-    parameters are exact. Second derivatives need `with use_backend("eager")`.
+    parameters are exact. Second derivatives need `with use_backend("eager")`. In torch.func and
+    torch.export it is `output_loss` of the whole scores.
 
     Args:
         normalizer: as in `output_loss`.
@@ -88,9 +90,11 @@ def linear_output_loss(
 
     Raises:
         ValueError: as `output_loss`.
+        RuntimeError: in a backward pass with `create_graph=True`.
     """
     options = (label_smoothing, ignore_index, reduction)
-    if chosen_backend() == "eager":
+    whole = function_transforms_active() or torch.compiler.is_exporting()
+    if whole or chosen_backend() == "eager":
         scores = F.linear(features, weight, bias)
         rows = partial(row_losses, normalizer)
         return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
@@ -107,9 +111,9 @@ def linear_output_loss(
         return losses.reshape(shape[:-1])
     if reduction == "sum":
         return losses
-    if soft:
+    if soft and flat_target.size(0):
         return losses / flat_target.size(0)
-    count = (flat_target != ignore_index).sum()
+    count = flat_target.new_zeros(()) if soft else (flat_target != ignore_index).sum()
     # The mean of no rows is NaN, as in torch, but its gradients are 0: one batch without a target
     # must not spoil the weights of all processes.
     return (losses / count.clamp_min(1)).where(count > 0, torch.nan)
@@ -136,37 +140,60 @@ def _step(
     return reference_step(losses, parameters), parameters
 
 
-@singledispatch
-def row_losses(
-    normalizer: Normalizer, scores: Tensor, target: Tensor, label_smoothing: float
-) -> Tensor:
-    """One loss for each row; dispatches on the class of the normalizer.
+class RowLosses:
+    """One loss for each row, by a function that is registered for the class of the normalizer.
 
-    Args:
-        normalizer: the output normalizer.
-        scores: (rows, C), real.
-        target: (rows,) int64 class indices in [0, C), or (rows, C) probabilities.
-        label_smoothing: in [0, 1).
-
-    Returns:
-        (rows,), fp32 or wider.
-
-    Raises:
-        ValueError: no loss is registered for this class.
+    As `functools.singledispatch`, which torch.compile cannot trace.
     """
-    name = type(normalizer).__name__
-    raise ValueError(
-        f"{name} has no loss: derive it from LogitNormalizer, or register one with "
-        f"`multimax.losses.row_losses.register({name})`"
-    )
+
+    def __init__(self) -> None:
+        self._functions: dict[type, Callable[..., Tensor]] = {}
+
+    def register(
+        self, kind: type[Normalizer], function: Callable[..., Tensor] | None = None
+    ) -> Any:
+        """Register a function with the arguments and the result of a call; also a decorator."""
+        if function is None:
+            return partial(self.register, kind)
+        self._functions[kind] = function
+        return function
+
+    def __call__(
+        self, normalizer: Normalizer, scores: Tensor, target: Tensor, label_smoothing: float
+    ) -> Tensor:
+        """The losses.
+
+        Args:
+            normalizer: the output normalizer.
+            scores: (rows, C), real.
+            target: (rows,) int64 class indices in [0, C), or (rows, C) probabilities.
+            label_smoothing: in [0, 1).
+
+        Returns:
+            (rows,), fp32 or wider.
+
+        Raises:
+            ValueError: no loss is registered for this class.
+        """
+        for kind in type(normalizer).__mro__:
+            if kind in self._functions:
+                return self._functions[kind](normalizer, scores, target, label_smoothing)
+        name = type(normalizer).__name__
+        raise ValueError(
+            f"{name} has no loss: derive it from LogitNormalizer, or register one with "
+            f"`multimax.losses.row_losses.register({name})`"
+        )
 
 
-@row_losses.register
+row_losses = RowLosses()
+
+
+@row_losses.register(LogitNormalizer)
 def _(normalizer: LogitNormalizer, scores, target, label_smoothing):
     return _cross_entropy(normalizer.logits(scores), target, label_smoothing)
 
 
-@row_losses.register
+@row_losses.register(EntMax)
 def _(normalizer: EntMax, scores, target, label_smoothing):
     if normalizer.heads is not None:
         raise ValueError(
@@ -175,7 +202,7 @@ def _(normalizer: EntMax, scores, target, label_smoothing):
         )
     if normalizer.fixed_alpha == 1:  # the same number as SoftMax, for soft targets too
         return _cross_entropy(to_compute_precision(scores), target, label_smoothing)
-    return _fenchel_young(normalizer.alpha, scores, target, label_smoothing)
+    return fenchel_young_rows(normalizer.excess, scores, target, label_smoothing)
 
 
 def fenchel_young_loss(
@@ -197,7 +224,7 @@ def fenchel_young_loss(
 
     Args:
         scores, target, label_smoothing, ignore_index, reduction: as in `output_loss`.
-        alpha: a finite number >= 1; or a tensor of one element > 1, which gets a gradient.
+        alpha: a finite number >= 1; or a tensor of one element >= 1, which gets a gradient.
 
     Returns:
         As `output_loss`.
@@ -210,9 +237,13 @@ def fenchel_young_loss(
     """
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
+        excess = alpha - 1
     elif alpha.numel() != 1:
         raise ValueError(f"alpha must have one element, got shape {tuple(alpha.shape)}")
-    rows = partial(_fenchel_young, alpha)
+    else:
+        check_least_alpha(alpha)
+        excess = excess_of(alpha, alpha - 1, to_compute_precision(scores[:0]).dtype)
+    rows = partial(fenchel_young_rows, excess)
     return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
 
 
@@ -276,7 +307,7 @@ def _check(scores, target, label_smoothing, ignore_index, reduction) -> None:
             f"target must have the shape of scores without the class dimension (the last), "
             f"{tuple(scores.shape[:-1])}, got {tuple(target.shape)}"
         )
-    if target.device.type == "cpu":
+    if values_known(target):
         wrong = target[((target < 0) | (target >= scores.size(-1))) & (target != ignore_index)]
         if wrong.numel():
             raise ValueError(
@@ -289,96 +320,3 @@ def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Te
     if target.is_floating_point():
         target = target.to(logits.dtype)
     return F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
-
-
-def _fenchel_young(
-    alpha: float | Tensor, scores: Tensor, target: Tensor, label_smoothing: float
-) -> Tensor:
-    x = to_compute_precision(scores)
-    if isinstance(alpha, Tensor):
-        alpha = alpha.reshape(1, 1).to(x.dtype)
-    if target.is_floating_point():
-        target = target.to(x.dtype)
-        if label_smoothing:
-            target = (1 - label_smoothing) * target + label_smoothing / x.size(-1)
-    return _FenchelYoung.apply(x, entmax(x, alpha), alpha, target, label_smoothing)
-
-
-class _FenchelYoung(torch.autograd.Function):
-    """The loss of (rows, C) scores and their entmax `p`, which must be connected in the graph.
-
-    `p` maximizes the part of the loss that depends on it, so its own gradient is zero, and the
-    gradients by the scores and by alpha are the partial ones. They depend on `p`, through which
-    the second derivatives flow. The only (rows, C) tensor that is kept is `p`.
-    """
-
-    @staticmethod
-    def forward(ctx, scores, p, alpha, target, label_smoothing):
-        ctx.label_smoothing = label_smoothing
-        ctx.fixed_alpha = None if isinstance(alpha, Tensor) else alpha
-        ctx.save_for_backward(p, target, *([alpha] if ctx.fixed_alpha is None else []))
-        # Differences to the maximum keep their digits; both p and y sum to one.
-        scores = scores - scores.amax(-1, keepdim=True)
-        expected = (p * scores.where(p > 0, 0.0)).sum(-1)
-        observed = _expectation(scores, target, label_smoothing)
-        entropy = _entropy(p, alpha).sum(-1)
-        entropy_target = _sum_over_target(_entropy, alpha, target, label_smoothing, p)
-        return (expected - observed + entropy - entropy_target).clamp_min(0)
-
-    @staticmethod
-    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        p, target, *saved = ctx.saved_tensors
-        grad_scores = grad_alpha = None
-        if ctx.needs_input_grad[0]:
-            grad_scores = grad.unsqueeze(-1) * _minus_target(p, target, ctx.label_smoothing)
-        if ctx.needs_input_grad[2]:
-            slope = _entropy_slope(p, saved[0]).sum(-1)
-            slope = slope - _sum_over_target(
-                _entropy_slope, saved[0], target, ctx.label_smoothing, p
-            )
-            grad_alpha = (grad * slope).sum().reshape(1, 1)
-        return grad_scores, None, grad_alpha, None, None
-
-
-def _expectation(values: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """The (rows,) mean of `values` (rows, C) under the target; 0 times -inf is 0."""
-    if target.is_floating_point():
-        return (target * values.where(target > 0, 0.0)).sum(-1)
-    observed = values.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    if not label_smoothing:
-        return observed
-    return (1 - label_smoothing) * observed + label_smoothing * values.mean(-1)
-
-
-def _minus_target(p: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    """`p - y` without building the one-hot y."""
-    if target.is_floating_point():
-        return p - target
-    observed = target.unsqueeze(-1)
-    residual = p.scatter_add(-1, observed, p.new_full(observed.shape, label_smoothing - 1))
-    return residual - label_smoothing / p.size(-1) if label_smoothing else residual
-
-
-def _sum_over_target(function, alpha, target, label_smoothing, p) -> Tensor:
-    """The sum of `function(y_i, alpha)` over the classes: (rows,), or (1,) for class indices."""
-    if target.is_floating_point():
-        return function(target, alpha).sum(-1)
-    rest = label_smoothing / p.size(-1)
-    values = function(p.new_tensor([[1 - label_smoothing + rest, rest]]), alpha)
-    return values[:, 0] + (p.size(-1) - 1) * values[:, 1]
-
-
-def _entropy(p: Tensor, alpha: float | Tensor) -> Tensor:
-    """Each entry's part of the Tsallis entropy H; `expm1` keeps its digits for alpha near 1."""
-    if not isinstance(alpha, Tensor) and alpha == 1:
-        return torch.special.entr(p)
-    log_p = p.where(p > 0, 1.0).log()
-    return -p * torch.expm1((alpha - 1) * log_p) / (alpha * (alpha - 1))
-
-
-def _entropy_slope(p: Tensor, alpha: Tensor) -> Tensor:
-    """d `_entropy` / d alpha."""
-    log_p = p.where(p > 0, 1.0).log()
-    product = alpha * (alpha - 1)
-    power_slope = -p * log_p * torch.exp((alpha - 1) * log_p)  # d(-p^alpha) / d alpha
-    return (power_slope - (2 * alpha - 1) * _entropy(p, alpha)) / product

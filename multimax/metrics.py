@@ -26,6 +26,10 @@ def multi_modality(
 
         M = 1 - (1/N) sum (p_max - p_n)     over the N entries with threshold < x_n < x_max
 
+    p_max is the largest probability of the row. "The largest" can also be read as the probability
+    at x_max, which is the same unless a modulator that is not monotonic gives another entry more.
+    There, that reading has negative differences and M > 1; this one keeps M in [0, 1].
+
     Args:
         probabilities: normalized `scores`.
         scores: what was normalized, of the shape of `probabilities`; x_max is their maximum.

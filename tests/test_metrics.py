@@ -46,6 +46,20 @@ def test_by_hand():
     assert sparsity(P, X, 1.0, 0.1).item() == pytest.approx(math.exp(-0.5))  # strictly below
 
 
+def test_the_largest_probability_need_not_be_that_of_the_largest_score():
+    module = MultiMax().double()
+    with torch.no_grad():
+        module.ts.copy_(torch.tensor([0.0, -2.0, 0.0, 0.0]))
+        module.ranges.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    scores = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
+    p = module(scores)
+    at_largest_score, largest, smallest = p.tolist()  # 0.09, 0.67, 0.24
+    assert at_largest_score < smallest < largest
+    assert multi_modality(p, scores, 0.5).item() == 1  # of the entry at 1, which has the most
+    expected = 1 - (0 + largest - smallest) / 2
+    assert multi_modality(p, scores, -1.0).item() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("threshold", ["number", "row mean"])
 def test_by_the_definitions_with_masks(scores, mask, threshold):
     mask = mask.expand_as(scores)

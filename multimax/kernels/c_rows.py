@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from multimax import functional
 from multimax.kernels import c_library
@@ -30,7 +29,7 @@ def obstacle(tensor: Tensor) -> str | None:
         return "there is nothing to compute"
     if torch.compiler.is_exporting():
         return "exported programs hold torch operations alone"
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if functional.function_transforms_active():
         return "function transforms such as vmap need torch operations"
     return c_library.unavailable()
 

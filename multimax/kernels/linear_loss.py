@@ -66,8 +66,12 @@ class _LinearLoss(torch.autograd.Function):
         return losses.sum() if at_once else losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # create_graph=True, which would get no graph
+            raise RuntimeError(
+                "second derivatives of linear_output_loss need `with use_backend('eager')` around "
+                "the loss, or output_loss of the whole scores"
+            )
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # or a second backward pass through the same graph
             _, grads = _run(ctx, ctx.saved_tensors, None if ctx.at_once else grad, True)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimax.functional import values_known
 from multimax.losses import linear_output_loss, output_loss
 from multimax.models.output import word_embedding
 from multimax.normalizers import Normalizer, build_normalizer
@@ -80,6 +81,8 @@ class AdaptiveInput(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embeddings (..., embed_dim) of tokens (...)."""
+        if torch.compiler.is_compiling():
+            return self._embed_without_choosing(tokens)
         flat = tokens.reshape(-1)
         rows, parts = [], []
         # A band without a token is run too: DDP waits for the gradient of every parameter.
@@ -89,6 +92,18 @@ class AdaptiveInput(nn.Module):
             parts.append(band(flat[chosen] - start))
         embedded = torch.cat(parts)[torch.cat(rows).argsort()].unflatten(0, tokens.shape)
         return embedded.to(self._float_tensor.dtype)  # the residual stream is not autocast
+
+    def _embed_without_choosing(self, tokens: Tensor) -> Tensor:
+        """`forward` of fixed shapes, for a graph: every band embeds all tokens."""
+        embedded = None
+        for (start, end), band in zip(self._ranges(), self.embeddings, strict=True):
+            # A token outside the vocabulary stays outside of its table, which is an error.
+            index = tokens if start == 0 else (tokens - start).clamp_min(0)
+            index = index if end == self.bands[-1] else index.clamp_max(end - start - 1)
+            part = band(index).to(self._float_tensor.dtype)
+            inside = (tokens >= start).unsqueeze(-1)
+            embedded = part if embedded is None else torch.where(inside, part, embedded)
+        return cast(Tensor, embedded)
 
 
 class TiedLinear(nn.Module):
@@ -255,7 +270,7 @@ class AdaptiveOutput(nn.Module):
                 f"targets must be int64 words of shape {tuple(features.shape[:-1])}, "
                 f"got {targets.dtype} of shape {tuple(targets.shape)}"
             )
-        if targets.device.type == "cpu":
+        if values_known(targets):
             wrong = targets[((targets < 0) | (targets >= self.bands[-1])) & ~ignored]
             if wrong.numel():
                 raise ValueError(f"targets must be in [0, {self.bands[-1]}), got {wrong[0].item()}")

@@ -129,8 +129,8 @@ class LanguageModel(nn.Module):
         """Features (batch, tokens, dim) of tokens (batch, tokens); each sees the earlier ones.
 
         Raises:
-            ValueError: a token is outside the vocabulary (checked on the CPU only), or `tokens`
-                has a wrong shape or dtype.
+            ValueError: a token is outside the vocabulary (checked on the CPU only, and not when
+                compiled or exported), or `tokens` has a wrong shape or dtype.
         """
         return self.decoder(tokens, self.decoder.new_cache())
 
@@ -271,8 +271,8 @@ class TranslationModel(nn.Module):
             target_in: (sentences, target tokens), the target shifted to the right.
 
         Raises:
-            ValueError: a token is outside its vocabulary (checked on the CPU only), or a tensor
-                has a wrong shape or dtype.
+            ValueError: a token is outside its vocabulary (checked on the CPU only, and not when
+                compiled or exported), or a tensor has a wrong shape or dtype.
         """
         return self.decoder(target_in, self.new_cache(self.encode(source)))
 

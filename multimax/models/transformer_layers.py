@@ -46,6 +46,9 @@ class SinusoidalPositions(nn.Module):
         """
         recent = slice(token_mask.size(1) - new, None)
         positions = (token_mask.cumsum(1) * token_mask)[:, recent] + self.padding_index
+        if torch.compiler.is_compiling():  # a graph cannot keep a table that grows
+            real = (positions != self.padding_index).unsqueeze(-1)
+            return self._embed(positions).masked_fill(~real, 0.0)
         longest = self.padding_index + token_mask.size(1) + 1
         if self._table.size(0) < longest:
             # Doubled, so that decoding word by word does not compute it for every word.
@@ -54,14 +57,16 @@ class SinusoidalPositions(nn.Module):
         return F.embedding(positions, self._table)
 
     def _compute(self, length: int) -> Tensor:
-        half = self.embed_dim // 2
-        step = math.log(10000) / (half - 1)
-        rates = torch.exp(torch.arange(half, dtype=torch.float32) * -step)
-        angles = torch.arange(length, dtype=torch.float32).unsqueeze(1) * rates
-        table = torch.cat([angles.sin(), angles.cos()], dim=1)
-        table = F.pad(table, (0, self.embed_dim % 2))
+        table = self._embed(torch.arange(length))
         table[self.padding_index] = 0
         return table
+
+    def _embed(self, positions: Tensor) -> Tensor:
+        half = self.embed_dim // 2
+        step = math.log(10000) / (half - 1)
+        rates = torch.exp(torch.arange(half, dtype=torch.float32) * -step).to(positions.device)
+        angles = positions.float().unsqueeze(-1) * rates
+        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, self.embed_dim % 2))
 
 
 def _drop_position_tables(positions: nn.Module, state: dict, prefix: str, *_: Any) -> None:

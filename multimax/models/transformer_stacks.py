@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multimax.functional import values_known
 from multimax.models.adaptive import AdaptiveInput, AdaptiveOutput
 from multimax.models.output import Output
 from multimax.models.transformer_layers import KeysValues, SinusoidalPositions, TransformerLayer
@@ -131,7 +132,7 @@ class Stack(nn.Module):
                 f"tokens must be int64 of shape (batch, tokens), got {tokens.dtype} of shape "
                 f"{tuple(tokens.shape)}"
             )
-        if tokens.device.type == "cpu":  # elsewhere the check would wait for the device
+        if values_known(tokens):
             wrong = tokens[(tokens < 0) | (tokens >= self.vocabulary_size)]
             if wrong.numel():
                 raise ValueError(

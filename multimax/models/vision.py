@@ -1,5 +1,6 @@
 """Vision transformers: timm's own, with any normalizer in attention and output."""
 
+import copyreg
 import difflib
 import math
 from collections.abc import Mapping
@@ -8,10 +9,12 @@ from typing import Any, Literal
 import timm
 import torch
 from timm.layers.attention import Attention
+from timm.models import register_notrace_module
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from multimax.attention import attention
+from multimax.functional import function_transforms_active
 from multimax.models.official_names import rename_official_keys
 from multimax.normalizers import Normalizer, build_preserving_rng
 from multimax.options import Count, Positive, Rate, checked
@@ -21,14 +24,14 @@ class NormalizedAttention(Attention):
     """timm's self-attention with another normalizer in the place of SoftMax.
 
     Subclasses made by `normalized_attention` bind the normalizer. Each layer has its own, shared
-    by the heads of the layer. Without the C kernels, and for an entmax whose alpha is not
-    1.5 or 2, the threshold is iterated until it converges, which `torch.compile` cannot trace in
-    one graph: it breaks the graph there, and `fullgraph=True` is an error.
+    by the heads of the layer. `torch.compile` and `torch.export` make one graph of it; torch.fx
+    takes it as a whole, as a leaf. `torch.jit.script`, which torch has deprecated, cannot compile
+    the normalizers: use `torch.jit.trace` or `torch.export`.
 
     Args:
-        dim: embedding dimension, a multiple of `num_heads`.
+        dim: embedding dimension, a multiple of `num_heads` unless `attn_head_dim` is given.
         num_heads: number of heads.
-        options: those of timm's `Attention`.
+        options: those of timm's `Attention`; its `device` and `dtype` hold for the normalizer too.
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`, or an option of the normalizer is bad.
@@ -38,13 +41,14 @@ class NormalizedAttention(Attention):
     normalizer: Normalizer
 
     def __init__(self, dim: int, num_heads: int = 8, **options: Any) -> None:
-        if dim % num_heads:
+        if options.get("attn_head_dim") is None and dim % num_heads:
             raise ValueError(
                 f"num_heads={num_heads} does not divide embed_dim={dim}: "
                 f"use embed_dim={math.ceil(dim / num_heads) * num_heads} or another num_heads"
             )
         super().__init__(dim, num_heads, **options)
-        self.normalizer = build_preserving_rng(self.normalizer_options)
+        normalizer = build_preserving_rng(self.normalizer_options)
+        self.normalizer = normalizer.to(options.get("device"), options.get("dtype"))
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -61,7 +65,8 @@ class NormalizedAttention(Attention):
             (batch, tokens, dim).
 
         Raises:
-            ValueError: an additive mask has other finite values than 0.
+            ValueError: an additive mask has other finite values than 0 (not checked when compiled
+                or exported).
         """
         gate = self.gate(x).sigmoid() if self.gate is not None else None
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
@@ -82,11 +87,31 @@ class NormalizedAttention(Attention):
         return self.proj_drop(self.proj(x))
 
 
+register_notrace_module(NormalizedAttention)
+
+
+class _Bound(type):
+    """The type of the classes made by `normalized_attention`, which pickle makes anew.
+
+    They have no name to be found by; a model of timm holds its attention class, as its modules do.
+    """
+
+
+def _reduce_bound(kind: Any) -> str | tuple[Any, ...]:
+    if "normalizer_options" not in vars(kind):  # a subclass, which has a name
+        return kind.__qualname__
+    return _bind, (dict(kind.normalizer_options),)
+
+
+copyreg.pickle(_Bound, _reduce_bound)  # pyright: ignore[reportArgumentType]
+
+
 def _boolean_mask(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.dtype == torch.bool:
         return mask
     boolean = mask == 0
-    if not (boolean | (mask == -math.inf)).all():
+    in_graph = torch.compiler.is_compiling() or function_transforms_active()
+    if not in_graph and not (boolean | (mask == -math.inf)).all():
         raise ValueError(
             "an additive attn_mask may hold only 0 and -inf: a finite bias is not defined for a "
             "general normalizer; pass a boolean mask"
@@ -101,8 +126,12 @@ def normalized_attention(name: str, **options: Any) -> type[NormalizedAttention]
         name: one of `registered_normalizers()`.
         options: arguments of the normalizer.
     """
-    bound = {"normalizer_options": {"name": name, **options}}
-    return type(f"NormalizedAttention[{name}]", (NormalizedAttention,), bound)
+    return _bind({"name": name, **options})
+
+
+def _bind(options: Mapping[str, Any]) -> type[NormalizedAttention]:
+    name = f"NormalizedAttention[{options['name']}]"
+    return _Bound(name, (NormalizedAttention,), {"normalizer_options": options})
 
 
 @checked

@@ -1,20 +1,22 @@
 """alpha-entmax: sparse distributions between SoftMax (alpha = 1) and sparsemax (alpha = 2)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from multimax.functional import (
     check_mask,
+    function_transforms_active,
     masked_log_softmax,
     masked_softmax,
     to_compute_precision,
+    values_known,
 )
 from multimax.kernels import c_rows
 from multimax.normalizers.base import Normalizer
-
-MAX_STEPS = 200  # a bound, not a setting: Newton needs about 10, bisection as many as it has bits
+from multimax.normalizers.entmax_solver import NEAR_ONE, curvature, solve
 
 
 def entmax(
@@ -27,12 +29,13 @@ def entmax(
 
     The threshold tau is exact to rounding: Newton's method from the left for alpha <= 2, where the
     sum is convex in tau and the method cannot overshoot; bisection above. The backward is
-    closed-form.
+    closed-form. Near alpha = 1 both are computed in a form that goes over into SoftMax.
 
     Args:
         scores: real, any shape; fp16 and bf16 are computed in fp32.
-        alpha: >= 1; 1 is SoftMax, 2 is sparsemax. A tensor must be > 1, broadcast to `scores` and
-            have size 1 along `dim`; it gets a gradient.
+        alpha: >= 1; 1 is SoftMax, 2 is sparsemax. A tensor must broadcast to `scores` and have size
+            1 along `dim`; it gets a gradient. Its values are checked on the CPU only, outside of
+            torch.compile and function transforms.
         dim: the dimension that sums to one.
         mask: bool, broadcastable to `scores`, True where mass is allowed.
 
@@ -46,19 +49,38 @@ def entmax(
     Source: Peters et al., Sparse Sequence-to-Sequence Models, ACL 2019; Correia et al., Adaptively
     Sparse Transformers, EMNLP 2019 (gradient with respect to alpha).
     """
+    if not isinstance(alpha, Tensor):
+        check_alpha(alpha)
+        return entmax_of_excess(scores, alpha - 1, dim, mask)
+    _check_alpha_shape(alpha, scores, dim)
+    check_least_alpha(alpha)
+    excess = excess_of(alpha, alpha - 1, to_compute_precision(scores[:0]).dtype)
+    return entmax_of_excess(scores, excess, dim, mask)
+
+
+def entmax_of_excess(
+    scores: Tensor, excess: float | Tensor, dim: int = -1, mask: Tensor | None = None
+) -> Tensor:
+    """`entmax` with alpha = 1 + `excess`, which has digits where alpha rounds to 1."""
     check_mask(mask)
     x = to_compute_precision(scores)
-    if isinstance(alpha, Tensor):
-        alpha = _check_alpha_tensor(alpha.to(x.dtype), x, dim)
-    else:
-        check_alpha(alpha)
-        if alpha == 1:
-            return masked_softmax(x, dim, mask).to(scores.dtype)
-        if alpha in (1.5, 2) and c_rows.usable(x):
-            return c_rows.threshold(x, alpha == 1.5, dim, mask).to(scores.dtype)
+    if isinstance(excess, Tensor):
+        excess = excess.to(x.dtype)
+        excess = excess.reshape((1,) * (x.dim() - excess.dim()) + excess.shape)
+    elif excess == 0:
+        return masked_softmax(x, dim, mask).to(scores.dtype)
+    elif excess in (0.5, 1) and c_rows.usable(x):
+        return c_rows.threshold(x, excess == 0.5, dim, mask).to(scores.dtype)
     if mask is not None:
         x = x.masked_fill(~mask, -math.inf)
-    return _EntMax.apply(x, alpha, dim).to(scores.dtype)
+    function = _EntMaxForward if function_transforms_active() else _EntMax
+    return function.apply(x, excess, dim).to(scores.dtype)
+
+
+def excess_of(alpha: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """alpha - 1 in `dtype`: that of the rounded alpha, or where that is near 1 the `exact` one."""
+    exact = exact.to(dtype)
+    return exact.where(exact < NEAR_ONE, alpha.to(dtype) - 1)
 
 
 def check_alpha(alpha: float) -> None:
@@ -67,46 +89,90 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha must be a finite number >= 1, got {alpha}")
 
 
-def _check_alpha_tensor(alpha: Tensor, scores: Tensor, dim: int) -> Tensor:
-    alpha = alpha.reshape((1,) * (scores.dim() - alpha.dim()) + alpha.shape)
-    if alpha.dim() > scores.dim() or alpha.size(dim) != 1:
+def check_least_alpha(alpha: Tensor) -> None:
+    """Raise ValueError for values that define no entmax, where they may be looked at."""
+    if values_known(alpha) and (alpha < 1).any():
+        raise ValueError(f"alpha must be >= 1, got {alpha.min().item():g}")
+
+
+def _check_alpha_shape(alpha: Tensor, scores: Tensor, dim: int) -> None:
+    fits = alpha.dim() <= scores.dim()
+    aligned = (1,) * (scores.dim() - alpha.dim()) + alpha.shape
+    if not fits or aligned[dim] != 1:
         raise ValueError(
-            f"alpha of shape {tuple(alpha.shape)} must broadcast to scores of shape "
+            f"alpha of shape {aligned} must broadcast to scores of shape "
             f"{tuple(scores.shape)} and have size 1 along dim {dim}"
         )
-    return alpha
 
 
 class _EntMax(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, scores, alpha, dim):
+    def forward(scores, excess, dim):
         largest = scores.amax(dim, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
-        scaled = (scores - largest) * (alpha - 1)
-        probabilities = _solve(scaled, alpha, dim)
-        ctx.dim, ctx.fixed_alpha = dim, None if isinstance(alpha, Tensor) else alpha
-        ctx.save_for_backward(probabilities, *([alpha] if ctx.fixed_alpha is None else []))
+        return solve(scores - largest, excess, dim)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, excess, ctx.dim = inputs
+        ctx.fixed_excess = None if isinstance(excess, Tensor) else excess
+        saved = [output] if ctx.fixed_excess is not None else [output, excess]
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)
         ctx.set_materialize_grads(False)  # the Fenchel-Young loss sends none in its first backward
-        return probabilities
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         if grad is None:
             return None, None, None
         # Differentiable operations of the saved output, so that second derivatives exist too.
-        p, *saved = ctx.saved_tensors
-        alpha = saved[0] if saved else ctx.fixed_alpha
-        slope = _support_power(p, 2 - alpha)
-        share = slope / slope.sum(ctx.dim, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+        p, excess, slope, share = _jacobian(ctx)
         grad_scores = slope * grad - share * (slope * grad).sum(ctx.dim, keepdim=True)
-        grad_alpha = None
+        grad_excess = None
         if ctx.needs_input_grad[1]:
-            p_log_p = p * p.where(p > 0, 1.0).log()
-            total = p_log_p.sum(ctx.dim, keepdim=True)
-            a = alpha - 1
-            d_alpha = (p - share * p.sum(ctx.dim, keepdim=True)) / (a * a)
-            d_alpha = d_alpha - (p_log_p - share * total) / a
-            grad_alpha = (grad * d_alpha).sum_to_size(alpha.shape)
-        return grad_scores, grad_alpha, None
+            by_excess = _derivative_by_excess(p, share, excess, ctx.dim)
+            grad_excess = (grad * by_excess).sum_to_size(excess.shape)
+        return grad_scores, grad_excess, None
+
+
+class _EntMaxForward(_EntMax):
+    """With a forward derivative too, which torch.compile cannot trace."""
+
+    @staticmethod
+    def jvp(ctx, tangent, excess_tangent, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        p, excess, slope, share = _jacobian(ctx)
+        result = torch.zeros_like(p)
+        if tangent is not None:
+            result = slope * tangent - share * (slope * tangent).sum(ctx.dim, keepdim=True)
+        if excess_tangent is not None:
+            by_excess = _derivative_by_excess(p, share, excess, ctx.dim)
+            result = result + by_excess * excess_tangent
+        return result
+
+
+def _jacobian(ctx) -> tuple[Tensor, Any, Tensor, Tensor]:
+    """Output, excess, and `slope` and `share` of the Jacobian `diag(slope) - share slope^T`."""
+    p, *rest = ctx.saved_tensors
+    excess = rest[0] if rest else ctx.fixed_excess
+    slope = _support_power(p, 2 - (1 + excess))
+    total = slope.sum(ctx.dim, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    return p, excess, slope, slope / total
+
+
+def _derivative_by_excess(p: Tensor, share: Tensor, excess: Tensor, dim: int) -> Tensor:
+    near = excess < NEAR_ONE
+    log_p = p.where(p > 0, 1.0).log()
+    p_log_p = p * log_p
+    total = p_log_p.sum(dim, keepdim=True)
+    a = excess.where(~near, 1.0)
+    far = (p - share * p.sum(dim, keepdim=True)) / (a * a)
+    far = far - (p_log_p - share * total) / a
+    if values_known(near) and not near.any():
+        return far
+    # The same without the terms in 1 / excess, which cancel.
+    change = p_log_p * log_p * curvature(excess.where(near, 0.0) * log_p)
+    return torch.where(near, change - share * change.sum(dim, keepdim=True), far)
 
 
 def _support_power(p: Tensor, exponent: float | Tensor) -> Tensor:
@@ -118,58 +184,6 @@ def _support_power(p: Tensor, exponent: float | Tensor) -> Tensor:
         if exponent == 0.5:
             return p.where(support, 1.0).sqrt() * support
     return p.where(support, 1.0) ** exponent * support
-
-
-def _solve(scaled: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
-    """Probabilities from `(alpha - 1) x` shifted so that each row's maximum is 0."""
-    above_two = bool((alpha > 2).any()) if isinstance(alpha, Tensor) else alpha > 2
-    threshold = (_bisect if above_two else _newton)(scaled, alpha, dim)
-    p = torch.relu(scaled - threshold)
-    if not isinstance(alpha, Tensor) and alpha in (1.5, 2):
-        return p * p if alpha == 1.5 else p
-    p = p ** (1 / (alpha - 1))
-    # Large exponents and exponents below 1 magnify the rounding of the threshold.
-    return p / p.sum(dim, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
-
-
-def _newton(scaled: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
-    """The threshold by Newton's method from -1, where the mass is at least the maximum's 1."""
-    exponent = 1 / (alpha - 1)
-    threshold = torch.full_like(scaled.narrow(dim, 0, 1), -1.0)
-    resolution = 2 * torch.finfo(scaled.dtype).eps
-    for _ in range(MAX_STEPS):
-        mass, slope = _mass_and_slope(scaled, threshold, alpha, exponent, dim)
-        step = ((mass - 1) / slope).clamp_min(0).nan_to_num(0.0, 0.0, 0.0)
-        threshold = threshold + step
-        if not (step > resolution * threshold.abs()).any():
-            break
-    return threshold
-
-
-def _mass_and_slope(scaled, threshold, alpha, exponent, dim) -> tuple[Tensor, Tensor]:
-    """Sum of relu(scaled - threshold)^exponent, and minus its derivative by the threshold."""
-    base = torch.relu(scaled - threshold)
-    if isinstance(alpha, Tensor) or alpha not in (1.5, 2):
-        power = base.where(base > 0, 1.0) ** (exponent - 1) * (base > 0)
-        return (power * base).sum(dim, keepdim=True), exponent * power.sum(dim, keepdim=True)
-    if alpha == 2:
-        support = (base > 0).to(base.dtype)
-        return base.sum(dim, keepdim=True), support.sum(dim, keepdim=True)
-    mass = torch.linalg.vector_norm(base, dim=dim, keepdim=True).square()
-    return mass, 2 * base.sum(dim, keepdim=True)
-
-
-def _bisect(scaled: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
-    exponent = 1 / (alpha - 1)
-    low = torch.full_like(scaled.narrow(dim, 0, 1), -1.0)
-    high = torch.zeros_like(low)
-    for _ in range(MAX_STEPS):
-        middle = (low + high) / 2
-        if ((middle == low) | (middle == high)).all():
-            break
-        enough = (torch.relu(scaled - middle) ** exponent).sum(dim, keepdim=True) >= 1
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return low
 
 
 class EntMax(Normalizer):
@@ -206,13 +220,19 @@ class EntMax(Normalizer):
             return self.fixed_alpha
         return 1 + self.alpha_logit.sigmoid()
 
-    def broadcast_alpha(self) -> float | Tensor:
-        """alpha in a shape that broadcasts to the scores: (heads, 1, 1) for one alpha per head."""
+    @property
+    def excess(self) -> float | Tensor:
+        """alpha - 1, of the shape of `alpha`, with its digits where alpha rounds to 1."""
         alpha = self.alpha
-        return alpha[:, None, None] if isinstance(alpha, Tensor) and self.heads else alpha
+        if not isinstance(alpha, Tensor):
+            return alpha - 1
+        return excess_of(alpha, self.alpha_logit.sigmoid(), alpha.dtype)
 
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
-        return entmax(scores, self.broadcast_alpha(), dim, mask)
+        excess = self.excess
+        if isinstance(excess, Tensor) and self.heads:
+            excess = excess[:, None, None]  # one for each head
+        return entmax_of_excess(scores, excess, dim, mask)
 
     @property
     def sparse(self) -> bool:

@@ -83,6 +83,19 @@ def test_classes_are_ranked_by_probability():
     assert evaluate(build(), Table(scores, build_normalizer("softmax")))["top1"] == 0
 
 
+def test_classes_without_probability_keep_the_order_of_their_scores():
+    task = build()
+    target = labels(task, "valid")
+    scores = torch.randn(len(target), 10)
+    output = build_normalizer("sparsemax")
+    positive = (output(10 * scores) > 0).sum(-1)
+    assert (positive < 5).all()
+    found = evaluate(task, Table(10 * scores, output))
+    dense = evaluate(build(), Table(10 * scores, build_normalizer("softmax")))
+    assert [found[key] for key in ("top1", "top5")] == [dense[key] for key in ("top1", "top5")]
+    assert 35 < found["top5"] < 65  # of random scores
+
+
 def test_label_smoothing_is_of_training_alone():
     task = build("loss.label_smoothing=0.3")
     images, targets = next(task.train_loader.batches(0))
