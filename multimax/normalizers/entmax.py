@@ -48,14 +48,16 @@ def entmax(
     """
     check_mask(mask)
     x = to_compute_precision(scores)
+    fixed_alpha = None if isinstance(alpha, Tensor) else alpha
     if isinstance(alpha, Tensor):
         alpha = _check_alpha_tensor(alpha.to(x.dtype), x, dim)
     else:
         check_alpha(alpha)
-        if alpha == 1:
-            return masked_softmax(x, dim, mask).to(scores.dtype)
-        if alpha in (1.5, 2) and c_rows.usable(x):
-            return c_rows.threshold(x, alpha == 1.5, dim, mask).to(scores.dtype)
+    lacks = None if fixed_alpha in (1.5, 2) else "only alpha = 1.5 and alpha = 2 have a kernel"
+    if c_rows.usable(x, "entmax", lacks):
+        return c_rows.threshold(x, fixed_alpha == 1.5, dim, mask).to(scores.dtype)
+    if fixed_alpha == 1:
+        return masked_softmax(x, dim, mask).to(scores.dtype)
     if mask is not None:
         x = x.masked_fill(~mask, -math.inf)
     return _EntMax.apply(x, alpha, dim).to(scores.dtype)

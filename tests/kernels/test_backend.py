@@ -78,9 +78,13 @@ def test_use_backend_nests_and_ends_with_an_exception():
         (
             "c",
             SparseMax(),
-            r"SparseMax\(alpha=2\) is no SoftMax of scores with a modulator",
+            r"SparseMax\(alpha=2\): it is no SoftMax of scores with a modulator",
         ),
-        ("triton", SparseMax(), r"SparseMax\(alpha=2\) is no SoftMax of scores with a modulator"),
+        (
+            "triton",
+            SparseMax(),
+            r"SparseMax\(alpha=2\): it is no SoftMax of scores with a modulator",
+        ),
         ("c", MultiMax(order=3), r"MultiMax\(order=3.* a modulator of order <= 2"),
         ("triton", SoftMax(), "the tensors are on cpu, it runs on CUDA"),
     ],
@@ -155,7 +159,7 @@ def test_eager_never_calls_a_kernel(called, name, way):
         with use_backend("eager"):
             attention(*tensors, normalizer, causal=True).square().sum().backward()
             p = normalizer.float()(scores)
-            assert not c_rows.usable(scores)
+            assert not c_rows.usable(scores, normalizer)
         p.square().sum().backward()
     assert not called
 
