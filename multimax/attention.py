@@ -127,7 +127,7 @@ def _hooked(normalizer: Normalizer) -> bool:
         normalizer._backward_pre_hooks,
         normalizer._backward_hooks,
     )
-    return any(map(bool, own)) or torch_module._has_any_global_hook()
+    return any(map(bool, own)) or bool(torch_module._has_any_global_hook())
 
 
 def _obstacle(

@@ -161,8 +161,8 @@ def _folder_to_write() -> Path:
     """`cache_folder()`, or a folder of this process where that cannot be written or trusted."""
     try:
         path = cache_folder()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o755, exist_ok=True)
+        for folder in (path.parent.parent, path.parent, path):  # whatever the umask
+            folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         problem = distrust(path)
         with tempfile.TemporaryFile(dir=path):
             pass

@@ -109,7 +109,7 @@ def run_everything(**environment):
 def test_without_a_compiler_all_works_and_a_warning_says_so_once(tmp_path):
     reason = "no C compiler was found; install gcc or clang, or set CC"
     said, named = run_everything(CC="", PATH="", XDG_CACHE_HOME=tmp_path)
-    assert said == [f"multimax runs without its compiled CPU kernels: {reason}"]
+    assert said == [f"multimax runs without its compiled CPU kernels for torch.float32: {reason}"]
     assert named == f"backend 'c' cannot compute this attention: {reason}"
 
 
