@@ -4,8 +4,6 @@ import argparse
 import sys
 import time
 
-import torch
-
 from multimax.kernels import c_build, c_library
 
 
@@ -16,7 +14,7 @@ def main() -> int:
     )
     argparse.ArgumentParser("python -m multimax.kernels", description=description).parse_args()
     failed = False
-    for dtype in (torch.float32, torch.float64):
+    for dtype in c_library.DTYPES:
         name = str(dtype).removeprefix("torch.")
         try:
             path, start = c_build.find_library(dtype), time.monotonic()

@@ -15,8 +15,8 @@ BACKENDS = ("auto", "eager", "c", "triton")
 # The open `use_backend` blocks of this thread or asyncio task, each with an identity of its own:
 # they may close in another order than the reverse of that in which they were opened.
 _open: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("multimax_backend", default=())
-# That of a block inside a function that torch.compile traces, which cannot set a ContextVar. No
-# compiled code writes it: it is as before when the block ends.
+# That of a block inside a function that torch.compile traces, which can read a ContextVar but not
+# set it. It lives in the trace alone.
 _traced: str | None = None
 
 
@@ -41,7 +41,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _traced
     check_backend(name)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         before, _traced = _traced, name
         try:
             yield

@@ -22,6 +22,8 @@ def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
 
+DTYPES = (torch.float32, torch.float64)  # each has a library
+
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _STRIDES = ctypes.c_int64 * 3
 # The structures of csrc, which explains their fields; they are compared when it is loaded.
@@ -84,6 +86,8 @@ def call(dtype: torch.dtype, function: str, *arguments: object) -> None:
         ValueError: a tensor would be misread.
         MemoryError: there is no memory for its working space.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"the kernels compute in float32 and float64, got {dtype}")
     pointers = [_contiguous(a, dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
     library = _library_or_reason(dtype)
     if isinstance(library, str):

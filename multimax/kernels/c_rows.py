@@ -163,6 +163,7 @@ def differentiable_gradients(
 def _rows_last(scores: Tensor, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Contiguous scores with the rows in the last dimension, and the mask, broadcast to them."""
     if mask is not None:
+        functional.check_device(scores, mask=mask)
         mask = mask.expand(scores.shape).movedim(dim, -1)
     if dim in (-1, scores.dim() - 1) and scores.is_contiguous():
         return scores, mask
