@@ -7,10 +7,10 @@ FAIRSEQ_RUN := $(FAIRSEQ_VENV)/bin/python
 PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-fairseq coverage lint types benchmark clean
+.PHONY: help setup demo test test-fast test-fairseq test-sanitized coverage lint types benchmark clean
 
 help: ## list these commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s%s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s%s\n", $$1, $$2}'
 
 setup: $(VENV)/complete ## install everything into .venv, at the versions in constraints.txt
 
@@ -40,6 +40,16 @@ $(FAIRSEQ_VENV)/complete: $(VENV)/complete requirements/fairseq.txt
 	printf '%s\n' '$(CURDIR)' "import site; site.addsitedir('$$($(RUN) $(PACKAGES))')" \
 		> "$$($(FAIRSEQ_RUN) $(PACKAGES))/multimax-environment.pth"
 	touch $@
+
+# A report ends the process, so that it must reach the terminal: no capture of file descriptors.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -g
+SANITIZED := -m pytest -n 0 --capture=sys $(addprefix tests/kernels/test_,c_attention.py \
+	c_attention_dropout.py c_rows.py c_rows_values.py linear_loss.py arguments.py backend.py)
+
+test-sanitized: setup ## tests of the C kernels under gcc's AddressSanitizer and UBSan, some minutes
+	CC='gcc $(SANITIZERS)' OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		$(RUN) $(SANITIZED)
 
 coverage: setup ## all tests, and what they execute: a table, coverage.xml and htmlcov/
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --cov --cov-report=term --cov-report=xml --cov-report=html

@@ -1,21 +1,33 @@
 """Scaled dot-product attention over any normalizer: scale, modulate, mask, normalize, dropout."""
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 
-from multimax.functional import check_mask, eager_attention, repeat_heads, to_compute_precision
+from multimax.functional import (
+    check_device,
+    check_mask,
+    eager_attention,
+    repeat_heads,
+    to_compute_precision,
+)
 from multimax.kernels import c_rows
-from multimax.kernels.backend import check_backend, chosen_backend, use_backend
+from multimax.kernels.backend import (
+    check_backend,
+    chosen_backend,
+    refuse,
+    triton_obstacle,
+    use_backend,
+)
 from multimax.kernels.c_attention import c_attention
 from multimax.normalizers import Normalizer
 
 LARGEST_TRITON_HEAD = 128
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def attention(
@@ -53,7 +65,7 @@ def attention(
             `dropout` is out of range, or `backend` is unknown or cannot compute this.
     """
     check_mask(mask)
-    _check(query, key, value, dropout)
+    _check(query, key, value, mask, dropout)
     if scale is None:
         scale = 1 / math.sqrt(query.size(-1))
     name = chosen_backend() if backend is None else backend
@@ -69,8 +81,15 @@ def attention(
     return out.reshape(*leading, *out.shape[-2:])
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> None:
     """Raise ValueError for what the kernels, which take addresses, would not notice."""
+    check_device(query, key=key, value=value, mask=mask)
+    dtypes = {query.dtype, key.dtype, value.dtype}
+    if not dtypes <= DTYPES:
+        raise ValueError(
+            f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}: they must be "
+            "float16, bfloat16, float32 or float64, use .float()"
+        )
     if query.size(-1) != key.size(-1) or key.size(-2) != value.size(-2):
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}: "
@@ -88,16 +107,27 @@ def _choose(
     if name == "eager":
         return None
     if name == "auto":
-        # Hooks want to see the scores and the probabilities, which a kernel never holds.
-        hooks = (normalizer._forward_pre_hooks, normalizer._forward_hooks)
-        if any(hooks) or normalizer._backward_pre_hooks or normalizer._backward_hooks:
+        if _hooked(normalizer):
             return None
         name = "triton" if query.device.type == "cuda" else "c"
         return None if _obstacle(name, query, key, value, normalizer) else _KERNELS[name]
     obstacle = _obstacle(name, query, key, value, normalizer)
     if obstacle:
-        raise ValueError(f"backend {name!r} cannot compute this attention: {obstacle}")
+        refuse(name, "this attention", obstacle)
     return _KERNELS[name]
+
+
+def _hooked(normalizer: Normalizer) -> bool:
+    """Whether hooks, its own or those of all modules, want to see the scores and probabilities,
+    which a kernel never holds.
+    """
+    own = (
+        normalizer._forward_pre_hooks,
+        normalizer._forward_hooks,
+        normalizer._backward_pre_hooks,
+        normalizer._backward_hooks,
+    )
+    return any(map(bool, own)) or bool(torch_module._has_any_global_hook())
 
 
 def _obstacle(
@@ -105,20 +135,21 @@ def _obstacle(
 ) -> str | None:
     """Why a kernel cannot compute an attention; None if it can."""
     if not normalizer.fusible:
-        return f"{normalizer} is no SoftMax of scores with a modulator of order <= 2"
-    if not query.dtype == key.dtype == value.dtype or not query.is_floating_point():
+        return f"{normalizer}: {c_rows.NO_MODULATOR}"
+    if not query.dtype == key.dtype == value.dtype:
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}"
     if name == "c":
         return c_rows.obstacle(query)
-    if query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {query.device}, it runs on CUDA"
+    obstacle = triton_obstacle(query)
+    if obstacle:
+        return obstacle
     widest = max(query.size(-1), value.size(-1))
     if widest > LARGEST_TRITON_HEAD or query.size(-1) != value.size(-1):
         return (
             f"head dimensions are {query.size(-1)} and {value.size(-1)}, it takes equal ones of up "
             f"to {LARGEST_TRITON_HEAD}"
         )
-    return None if find_spec("triton") else "Triton is not installed: pip install triton"
+    return None
 
 
 def _triton(q, k, v, coefficients, mask, causal, dropout, scale) -> Tensor:

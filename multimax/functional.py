@@ -51,6 +51,16 @@ def check_mask(mask: Tensor | None) -> None:
         )
 
 
+def check_device(like: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError for a tensor, given by its name, on another device than `like`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, the others are on {like.device}: use "
+                f".to({str(like.device)!r})"
+            )
+
+
 def masked_softmax(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
     """SoftMax over the entries where `mask` is True and the score is not -inf; exactly 0 elsewhere.
 

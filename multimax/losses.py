@@ -2,18 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimax.functional import function_transforms_active, to_compute_precision, values_known
-from multimax.kernels.backend import chosen_backend
-from multimax.kernels.c_rows import obstacle
+from multimax.functional import (
+    check_device,
+    function_transforms_active,
+    to_compute_precision,
+    values_known,
+)
+from multimax.kernels.backend import chosen_backend, refuse, triton_obstacle, use_backend
+from multimax.kernels.c_rows import NO_MODULATOR, obstacle
 from multimax.kernels.linear_loss import (
     Step,
+    compute_dtype,
     linear_loss,
     modulated_step,
     reference_step,
@@ -93,8 +98,15 @@ def linear_output_loss(
         RuntimeError: in a backward pass with `create_graph=True`.
     """
     options = (label_smoothing, ignore_index, reduction)
-    whole = function_transforms_active() or torch.compiler.is_exporting()
-    if whole or chosen_backend() == "eager":
+    to_compute_precision(features.new_empty(0))  # for its check of the dtype
+    check_device(features, weight=weight, bias=bias)
+    backend = chosen_backend()
+    if function_transforms_active() or torch.compiler.is_exporting():
+        if backend not in ("auto", "eager"):
+            reason = "function transforms and torch.export need torch operations"
+            refuse(backend, "linear_output_loss", reason)
+        backend = "eager"
+    if backend == "eager":
         scores = F.linear(features, weight, bias)
         rows = partial(row_losses, normalizer)
         return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
@@ -123,21 +135,41 @@ def _step(
     normalizer: Normalizer, features: Tensor, label_smoothing: float, ignore_index: int
 ) -> tuple[Step, Sequence[Tensor]]:
     """The loss of a chunk of rows, and the parameters that it gives gradients for."""
-    if normalizer.fusible:
+    backend = chosen_backend()
+    kernel = _kernel(backend, normalizer, features)
+    if kernel is not None:
         dtype = torch.promote_types(features.dtype, torch.float32)
         coefficients = normalizer.coefficients(dtype, features.device)
-        if obstacle(features) is None:
-            step = modulated_step(coefficients, label_smoothing, ignore_index)
-            return step, [coefficients]
-        if features.device.type == "cuda" and find_spec("triton"):
-            return triton_step(coefficients, label_smoothing, ignore_index), [coefficients]
+        return kernel(coefficients, label_smoothing, ignore_index), [coefficients]
 
     def losses(scores: Tensor, target: Tensor) -> Tensor:
         rows = partial(row_losses, normalizer)
-        return _reduced(rows, scores, target, label_smoothing, ignore_index, "none")
+        with use_backend(backend):  # of the forward pass, in the backward pass too
+            return _reduced(rows, scores, target, label_smoothing, ignore_index, "none")
 
     parameters = [p for p in normalizer.parameters() if p.requires_grad]
     return reference_step(losses, parameters), parameters
+
+
+def _kernel(
+    backend: str, normalizer: Normalizer, features: Tensor
+) -> Callable[[Tensor, float, int], Step] | None:
+    """What makes the step of a kernel, None for autograd; ValueError if `backend` cannot do it."""
+    name = backend
+    if backend == "auto":
+        name = "triton" if features.device.type == "cuda" else "c"
+    if not normalizer.fusible:
+        reason = NO_MODULATOR
+    elif name == "triton":
+        reason = triton_obstacle(features)
+    else:
+        reason = obstacle(features, compute_dtype(features))
+    if reason is None:
+        return triton_step if name == "triton" else modulated_step
+    # The Fenchel-Young loss has a kernel if its normalizer has one, which is asked for later.
+    if backend == "triton" or (backend == "c" and not isinstance(normalizer, EntMax)):
+        refuse(backend, f"linear_output_loss of {normalizer}", reason)
+    return None
 
 
 class RowLosses:
@@ -288,6 +320,7 @@ def _check(scores, target, label_smoothing, ignore_index, reduction) -> None:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if scores.dim() == 0:
         raise ValueError("scores must have a class dimension, (..., C), got a scalar")
+    check_device(scores, target=target)
     if target.is_floating_point():
         if target.shape != scores.shape:
             raise ValueError(

@@ -11,8 +11,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
-from multimax.functional import check_mask, to_compute_precision
-from multimax.normalizers import MultiMax, Normalizer, softmax
+from multimax.functional import check_mask, masked_softmax, to_compute_precision
+from multimax.normalizers import MultiMax, Normalizer
 
 
 def multi_modality(
@@ -108,7 +108,8 @@ def softmax_reference(scores: Tensor, dim: int = -1, mask: Tensor | None = None)
     Raises:
         ValueError: `mask` is not boolean.
     """
-    p, _, mask = _prepare(softmax(to_compute_precision(scores), dim, mask), scores, mask)
+    check_mask(mask)
+    p, _, mask = _prepare(masked_softmax(to_compute_precision(scores), dim, mask), scores, mask)
     return p.where(mask, 1.0).amin(dim, keepdim=True)
 
 

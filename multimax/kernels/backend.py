@@ -1,11 +1,23 @@
 """Which form of a function runs: the eager definition, or a kernel."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "eager", "c", "triton")
 
-_chosen = "auto"
+# The open `use_backend` blocks of this thread or asyncio task, each with an identity of its own:
+# they may close in another order than the reverse of that in which they were opened.
+_open: ContextVar[tuple[tuple[object, str], ...]] = ContextVar("multimax_backend", default=())
+# That of a block inside a function that torch.compile traces, which can read a ContextVar but not
+# set it. It lives in the trace alone.
+_traced: str | None = None
 
 
 def check_backend(name: str) -> None:
@@ -16,23 +28,49 @@ def check_backend(name: str) -> None:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Compute with this backend inside the `with` block, in all threads.
+    """Compute with this backend inside the `with` block, in its own thread or asyncio task.
 
     Args:
         name: "auto" takes the fastest that the device, the shapes and the normalizer allow;
-            "eager" is the definition, in plain torch operations; "c" (CPU) and "triton"
-            (CUDA) are the attention kernels, for normalizers that are SoftMax of modulated scores.
-            A kernel that is asked for by name raises ValueError where it cannot run.
+            "eager" is the definition, in plain torch operations; "c" are the kernels for the CPU:
+            attention and the output layer with SoftMax of scores with a modulator of order <= 2,
+            and the normalizers but for other orders and for entmax of other alphas than 1.5 and 2;
+            "triton" are those for CUDA: the same attention and output layer, no normalizer. A
+            kernel that is asked for by name raises ValueError where it cannot run; `logits`,
+            `log_probabilities`, cross-entropy in `output_loss` and metrics have but one form.
     """
-    global _chosen
+    global _traced
     check_backend(name)
-    before, _chosen = _chosen, name
+    if torch.compiler.is_dynamo_compiling():
+        before, _traced = _traced, name
+        try:
+            yield
+        finally:
+            _traced = before
+        return
+    block = (object(), name)
+    _open.set((*_open.get(), block))
     try:
         yield
     finally:
-        _chosen = before
+        _open.set(tuple(other for other in _open.get() if other is not block))
 
 
 def chosen_backend() -> str:
-    """The backend of the innermost `use_backend`; "auto" outside of all."""
-    return _chosen
+    """The backend of the `use_backend` block that was opened last; "auto" outside of all."""
+    if _traced is not None:
+        return _traced
+    blocks = _open.get()
+    return blocks[-1][1] if blocks else "auto"
+
+
+def refuse(name: str, what: Any, reason: str) -> NoReturn:
+    """Raise ValueError that says why a backend, asked for by name, cannot compute something."""
+    raise ValueError(f"backend {name!r} cannot compute {what}: {reason}")
+
+
+def triton_obstacle(tensor: Tensor) -> str | None:
+    """Why the Triton kernels cannot work on a tensor; None if they can."""
+    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {tensor.device}, it runs on CUDA"
+    return None if find_spec("triton") else "Triton is not installed: pip install triton"

@@ -12,7 +12,12 @@ from torch import Tensor
 from multimax.functional import eager_attention, modulated_softmax, repeat_heads
 from multimax.kernels import c_library
 from multimax.kernels.c_library import address
-from multimax.kernels.c_rows import contiguous_rows, differentiable_gradients, order_of
+from multimax.kernels.c_rows import (
+    check_shape,
+    contiguous_rows,
+    differentiable_gradients,
+    order_of,
+)
 
 
 def c_attention(
@@ -100,8 +105,8 @@ def _attention_forward(
     out = _new_out(q, v)
     statistics = q.new_empty(*q.shape[:-1], 2)
     arguments = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
-    arguments.out, arguments.out_strides = address(out), _strides(out)
-    arguments.statistics = address(statistics)
+    arguments.out, arguments.out_strides = address(out, q.dtype), _strides(out)
+    arguments.statistics = address(statistics, q.dtype)
     c_library.call(q.dtype, "attention_forward", arguments)
     return out.to(query.dtype), statistics
 
@@ -133,12 +138,16 @@ def _attention_backward(
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     sums = torch.zeros(coefficients.shape, dtype=torch.float64)
     arguments = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
-    arguments.out, arguments.out_strides = address(of_out), _strides(of_out)
-    arguments.statistics = address(statistics)
-    arguments.d_out, arguments.d_out_strides = address(d_out), _strides(d_out)
-    arguments.d_query, arguments.d_key, arguments.d_value = address(dq), address(dk), address(dv)
+    check_shape((*q.shape[:3], v.size(3)), of_out, d_out)
+    check_shape((*q.shape[:3], 2), statistics)
+    arguments.out, arguments.out_strides = address(of_out, q.dtype), _strides(of_out)
+    arguments.statistics = address(statistics, q.dtype)
+    arguments.d_out, arguments.d_out_strides = address(d_out, q.dtype), _strides(d_out)
+    arguments.d_query, arguments.d_key, arguments.d_value = (
+        address(t, q.dtype) for t in (dq, dk, dv)
+    )
     if learned:
-        arguments.sums = address(sums)
+        arguments.sums = address(sums, torch.float64)
     c_library.call(q.dtype, "attention_backward", arguments)
     sums[0] *= scale
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), sums.to(coefficients.dtype)
@@ -153,23 +162,33 @@ def _(query, key, value, coefficients, *_):
 
 def _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale) -> Any:
     """The attention for the kernels, but for what it writes; holds on to what is made here."""
-    folded = coefficients.clone()
+    _check_shapes(q, k, v)
+    c_library.check_order(coefficients)
+    folded = coefficients.clone(memory_format=torch.contiguous_format)
     folded[0] *= scale
     arguments = c_library.Attention(
         batch=q.size(0), heads=q.size(1), key_heads=k.size(1), queries=q.size(2), keys=k.size(2),
         dim=q.size(3), value_dim=v.size(3),
-        query=address(q), key=address(k), value=address(v),
+        query=address(q, q.dtype), key=address(k, q.dtype), value=address(v, q.dtype),
         query_strides=_strides(q), key_strides=_strides(k), value_strides=_strides(v),
         causal=causal, dropout=dropout, seed=0 if seed is None else int(seed),
         threads=torch.get_num_threads(), order=order_of(coefficients),
-        coefficients=address(folded),
+        coefficients=address(folded, q.dtype),
     )  # fmt: skip
     arguments.held = [folded]
     if mask is not None:
         mask = contiguous_rows(mask.expand(*q.shape[:3], k.size(2)))
-        arguments.mask, arguments.mask_strides = address(mask), _strides(mask)
+        arguments.mask, arguments.mask_strides = address(mask, torch.bool), _strides(mask)
         arguments.held.append(mask)
     return arguments
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError for tensors that do not belong together; attention() says more."""
+    fits = q.dim() == k.dim() == v.dim() == 4 and k.size(1) > 0 and q.size(1) % k.size(1) == 0
+    if not fits or (q.size(0), q.size(3)) != (k.size(0), k.size(3)) or k.shape[:3] != v.shape[:3]:
+        shapes = (tuple(t.shape) for t in (q, k, v))
+        raise ValueError("query {}, key {} and value {} do not fit together".format(*shapes))
 
 
 def _new_out(query: Tensor, value: Tensor) -> Tensor:

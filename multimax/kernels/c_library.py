@@ -1,36 +1,28 @@
 """The C kernels in `csrc/`: compiled when they are first needed, then kept on disk.
 
 They need a C compiler (`CC`, else `cc`, `gcc` or `clang`) and no header but C's own; it takes some
-seconds. Without one, everything runs on torch operations, and `unavailable()` says why.
+seconds for each of fp32 and fp64. Without one, everything runs on torch operations, and
+`unavailable()` says why.
 """
 
-import atexit
 import ctypes
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
+import sys
+import threading
 import warnings
 from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from multimax.files import digest, user_cache, write_atomically
-
-# Whatever speeds up loops without changing how infinities and NaN are treated.
-FLAGS = ["-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
-# What a compiler may not know is left out, in this order. OpenMP is that of torch, in its process.
-OPTIONAL = (["-march=native", "-fopenmp"], ["-march=native"], [])
+from multimax.kernels import c_build
 
 
 def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
 
+
+DTYPES = (torch.float32, torch.float64)  # each has a library
 
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _STRIDES = ctypes.c_int64 * 3
@@ -85,10 +77,18 @@ SIGNATURES: dict[str, list[Any]] = {
 def call(dtype: torch.dtype, function: str, *arguments: object) -> None:
     """Run a function of the kernels; a tensor stands for its address and None for no address.
 
+    Args:
+        dtype: fp32 or fp64, that of all tensors among the arguments, which must be contiguous.
+        function: one of `SIGNATURES`.
+        arguments: as there.
+
     Raises:
+        ValueError: a tensor would be misread.
         MemoryError: there is no memory for its working space.
     """
-    pointers = [address(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    if dtype not in DTYPES:
+        raise ValueError(f"the kernels compute in float32 and float64, got {dtype}")
+    pointers = [_contiguous(a, dtype) if isinstance(a, torch.Tensor) else a for a in arguments]
     library = _library_or_reason(dtype)
     if isinstance(library, str):
         raise RuntimeError(library)
@@ -96,15 +96,24 @@ def call(dtype: torch.dtype, function: str, *arguments: object) -> None:
         raise MemoryError(f"no memory for the working space of {function}")
 
 
-def address(tensor: torch.Tensor) -> int:
-    """Where a tensor's data lie; ValueError if that is not in the memory of the CPU."""
+def _contiguous(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    if not tensor.is_contiguous():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not contiguous")
+    return address(tensor, dtype)
+
+
+def address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
+    """Where a tensor's data lie; ValueError if not in the memory of the CPU, or not of `dtype`."""
     if tensor.device.type != "cpu":
         raise ValueError(f"a tensor is on {tensor.device}, the others are on the CPU")
+    if tensor.dtype != dtype:
+        raise ValueError(f"a tensor is {tensor.dtype}, the kernel reads {dtype}")
     return tensor.data_ptr()
 
 
 def check_coefficients(coefficients: torch.Tensor, scores: torch.Tensor) -> None:
     """Raise ValueError for coefficients that the kernels, which take addresses, would misread."""
+    check_order(coefficients)
     expected = torch.promote_types(scores.dtype, torch.float32)
     if coefficients.dtype != expected or coefficients.device != scores.device:
         raise ValueError(
@@ -113,12 +122,21 @@ def check_coefficients(coefficients: torch.Tensor, scores: torch.Tensor) -> None
         )
 
 
-def unavailable() -> str | None:
-    """Why there are no C kernels, which is also warned of once; None if there are.
+def check_order(coefficients: torch.Tensor) -> None:
+    """Raise ValueError for coefficients that are not `[scale, shift, ts, ranges]` of order <= 2."""
+    if coefficients.dim() != 1 or coefficients.numel() not in (2, 6, 10):
+        raise ValueError(
+            "coefficients must be [scale, shift, ts (2N), ranges (2N)] with N = 0, 1 or 2, so of "
+            f"2, 6 or 10 entries, got shape {tuple(coefficients.shape)}"
+        )
+
+
+def unavailable(dtype: torch.dtype) -> str | None:
+    """Why there are no C kernels for fp32 or fp64, which is also warned of once; None if there are.
 
     The first call compiles them if need be.
     """
-    return _warn_if_unavailable()
+    return _warn_if_unavailable(dtype)
 
 
 # As torch.compiler.assume_constant_result does, which takes a second to import: torch.compile calls
@@ -127,29 +145,46 @@ unavailable._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemb
 
 
 @cache
-def _warn_if_unavailable() -> str | None:
-    reason = _library_or_reason(torch.float32)
+def _warn_if_unavailable(dtype: torch.dtype) -> str | None:
+    reason = _library_or_reason(dtype)
     if isinstance(reason, str):
-        warnings.warn(f"multimax runs without its compiled CPU kernels: {reason}", stacklevel=3)
+        warnings.warn(
+            f"multimax runs without its compiled CPU kernels for {dtype}: {reason}", stacklevel=3
+        )
         return reason
     return None
 
 
-@cache
+_lock = threading.Lock()  # two threads that begin at once compile once
+
+
 def _library_or_reason(dtype: torch.dtype) -> ctypes.CDLL | str:
-    compiler = _compiler()
-    if compiler is None:
-        wanted = os.environ.get("CC")
-        missing = f"CC is {wanted!r}, which is not" if wanted else "no C compiler was"
-        return f"{missing} found; install gcc or clang, or set CC"
+    with _lock:
+        return _load(dtype)
+
+
+@cache
+def _load(dtype: torch.dtype) -> ctypes.CDLL | str:
     try:
-        library = ctypes.CDLL(str(_compile(compiler, dtype)))
-    except (OSError, subprocess.SubprocessError) as error:
-        details = getattr(error, "stderr", None) or str(error)
-        return f"{shlex.join(compiler)} failed: {details.strip()[-500:]}"
+        path = c_build.find_library(dtype)
+        if path is None:
+            _announce(dtype)
+            path = c_build.compile_library(dtype)
+        library = ctypes.CDLL(str(path))
+    except (OSError, c_build.NoLibraryError) as error:
+        return str(error)
     for name, arguments in SIGNATURES.items():
         getattr(library, name).argtypes = arguments
     return _mismatch(library) or library
+
+
+def _announce(dtype: torch.dtype) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes of this machine, one says it
+        print(
+            f"multimax compiles its CPU kernels for {dtype}, once on this machine: about 10 s "
+            "(beforehand: python -m multimax.kernels)",
+            file=sys.stderr,
+        )
 
 
 def _mismatch(library: ctypes.CDLL) -> str | None:
@@ -165,76 +200,3 @@ def _mismatch(library: ctypes.CDLL) -> str | None:
                 f"but {expected} in c_library.py"
             )
     return None
-
-
-def _compiler() -> list[str] | None:
-    """Its command, which may have arguments, as in CC="ccache gcc"."""
-    wanted = os.environ.get("CC")
-    if wanted:
-        command = shlex.split(wanted)
-        return command if shutil.which(command[0]) else None
-    return next(([path] for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
-
-
-def _compile(compiler: list[str], dtype: torch.dtype) -> Path:
-    """The shared library of this compiler, processor and source, compiled unless it is kept."""
-    sources = {
-        path.name: path.read_bytes()
-        for path in sorted(
-            (resources.files("multimax.kernels") / "csrc").iterdir(), key=lambda path: path.name
-        )
-        if path.name.endswith((".c", ".h"))
-    }
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
-    described = [version.stdout, repr((compiler, FLAGS, OPTIONAL, _processor()))]
-    key = digest(b"\0".join([*sources.values(), *(text.encode() for text in described)]))
-    name = f"kernels-{'double' if dtype == torch.float64 else 'float'}-{key}"
-    # A name ends with the digest of its content: loading half a file would end the process.
-    for kept in _cache().glob(f"{name}-*.so"):
-        if kept.stem == f"{name}-{digest(kept.read_bytes())}":
-            return kept
-    with tempfile.TemporaryDirectory() as folder:
-        for file, content in sources.items():
-            (Path(folder) / file).write_bytes(content)
-        units = [str(Path(folder) / file) for file in sources if file.endswith(".c")]
-        macros = ["-DDOUBLE"] if dtype == torch.float64 else []
-        built = Path(folder) / "kernels.so"
-        _run_compiler(compiler, [*macros, *units, "-o", str(built), "-lm"])
-        content = built.read_bytes()
-    library = _cache() / f"{name}-{digest(content)}.so"
-    remedy = "The kernels cannot be kept there: set XDG_CACHE_HOME to another folder"
-    write_atomically(library, lambda stream: stream.write(content), remedy, several_writers=True)
-    return library
-
-
-def _run_compiler(compiler: list[str], arguments: list[str]) -> None:
-    for index, optional in enumerate(OPTIONAL):
-        command = [*compiler, *FLAGS, *optional, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        if done.returncode == 0:
-            return
-        if index == len(OPTIONAL) - 1:
-            done.check_returncode()
-
-
-@cache
-def _cache() -> Path:
-    """~/.cache/multimax, or a folder of this process where that cannot be written."""
-    try:
-        path = user_cache()
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
-        folder = Path(tempfile.mkdtemp(prefix="multimax-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return folder
-
-
-def _processor() -> str:
-    """What the code may be compiled for; home directories are shared between machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    return platform.machine() + next((s for s in lines if s.startswith(("flags", "Features"))), "")

@@ -11,18 +11,41 @@ from torch import Tensor
 
 from multimax import functional
 from multimax.kernels import c_library
-from multimax.kernels.backend import chosen_backend
+from multimax.kernels.backend import chosen_backend, refuse
 
 MOST_ORDER = 2  # of the modulator
+NO_MODULATOR = f"it is no SoftMax of scores with a modulator of order <= {MOST_ORDER}"
 
 
-def usable(scores: Tensor) -> bool:
-    """Whether `scores` go through the C kernels, unless eager is asked for."""
-    return chosen_backend() != "eager" and obstacle(scores) is None
+def usable(scores: Tensor, what: Any, lacks: str | None = None) -> bool:
+    """Whether the C kernels compute `what` of `scores`, which are in compute precision.
+
+    Args:
+        scores: any shape.
+        what: is to be computed, for the error.
+        lacks: why no C kernel computes it; None if one does.
+
+    Raises:
+        ValueError: a backend is asked for by name that cannot compute it.
+    """
+    name = chosen_backend()
+    if name == "eager":
+        return False
+    reason = lacks or obstacle(scores)
+    if name == "triton":
+        reason = "its kernels are attention and linear_output_loss"
+    if reason and name != "auto":
+        refuse(name, what, reason)
+    return reason is None
 
 
-def obstacle(tensor: Tensor) -> str | None:
-    """Why the C kernels cannot work on a floating-point tensor; None if they can."""
+def obstacle(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Why the C kernels cannot work on a floating-point tensor; None if they can.
+
+    Args:
+        tensor: one of those that they would work on.
+        dtype: in which they would compute; None is fp32, or that of `tensor` if it is wider.
+    """
     if tensor.device.type != "cpu":
         return f"the tensors are on {tensor.device}, it runs on the CPU"
     if tensor.numel() == 0 or tensor.dim() == 0:
@@ -31,7 +54,7 @@ def obstacle(tensor: Tensor) -> str | None:
         return "exported programs hold torch operations alone"
     if functional.function_transforms_active():
         return "function transforms such as vmap need torch operations"
-    return c_library.unavailable()
+    return c_library.unavailable(dtype or torch.promote_types(tensor.dtype, torch.float32))
 
 
 def modulated_softmax(
@@ -139,6 +162,7 @@ def differentiable_gradients(
 def _rows_last(scores: Tensor, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Contiguous scores with the rows in the last dimension, and the mask, broadcast to them."""
     if mask is not None:
+        functional.check_device(scores, mask=mask)
         mask = mask.expand(scores.shape).movedim(dim, -1)
     if dim in (-1, scores.dim() - 1) and scores.is_contiguous():
         return scores, mask
@@ -170,13 +194,14 @@ def _describe(shape: torch.Size, mask: Tensor | None) -> Any:
         outer=outer, heads=heads, queries=queries, columns=columns, threads=torch.get_num_threads()
     )
     if mask is not None:
-        rows.mask, rows.held = c_library.address(mask), mask
+        rows.mask, rows.held = c_library.address(mask, torch.bool), mask
         rows.mask_outer, rows.mask_head, rows.mask_query, _ = mask.stride()
     return rows
 
 
 @torch.library.custom_op("multimax::softmax_forward", mutates_args=())
 def _softmax_forward(x: Tensor, coefficients: Tensor, mask: Tensor | None) -> Tensor:
+    c_library.check_order(coefficients)
     p = torch.empty_like(x)
     order = order_of(coefficients)
     rows = _describe(x.shape, mask)
@@ -193,10 +218,12 @@ def _(x, coefficients, mask):
 def _softmax_backward(
     x: Tensor, coefficients: Tensor, mask: Tensor | None, p: Tensor, grad: Tensor, learned: bool
 ) -> tuple[Tensor, Tensor]:
+    c_library.check_order(coefficients)
+    check_shape(x.shape, p, grad)
     dx = torch.empty_like(x)
     sums = torch.zeros(coefficients.shape, dtype=torch.float64)
     rows = _describe(x.shape, mask)
-    order, into = order_of(coefficients), sums if learned else None
+    order, into = order_of(coefficients), c_library.address(sums, sums.dtype) if learned else None
     c_library.call(x.dtype, "softmax_backward", rows, order, coefficients, x, p, grad, dx, into)
     return dx, sums.to(x.dtype)
 
@@ -220,6 +247,7 @@ def _(x, squared, mask):
 
 @torch.library.custom_op("multimax::threshold_backward", mutates_args=())
 def _threshold_backward(p: Tensor, squared: bool, grad: Tensor) -> Tensor:
+    check_shape(p.shape, grad)
     dx = torch.empty_like(p)
     rows = _describe(p.shape, None)
     c_library.call(p.dtype, "threshold_backward", rows, squared, p, grad, dx)
@@ -233,6 +261,8 @@ def _(p, squared, grad):
 
 @torch.library.custom_op("multimax::kth_largest", mutates_args=())
 def _kth_largest(x: Tensor, k: int, mask: Tensor | None) -> Tensor:
+    if not 1 <= k <= x.size(-1):
+        raise ValueError(f"k must be in [1, {x.size(-1)}], got {k}")
     kth = x.new_empty(x.shape[:-1])
     c_library.call(x.dtype, "kth_largest", _describe(x.shape, mask), k, x, kth)
     return kth
@@ -241,6 +271,13 @@ def _kth_largest(x: Tensor, k: int, mask: Tensor | None) -> Tensor:
 @_kth_largest.register_fake
 def _(x, k, mask):
     return x.new_empty(x.shape[:-1])
+
+
+def check_shape(shape: Sequence[int], *tensors: Tensor) -> None:
+    """Raise ValueError for tensors of another shape, beyond which a kernel would read or write."""
+    for tensor in tensors:
+        if tensor.shape != tuple(shape):
+            raise ValueError(f"a tensor is of shape {tuple(tensor.shape)}, not {tuple(shape)}")
 
 
 def order_of(coefficients: Tensor) -> int:

@@ -57,9 +57,7 @@ def linear_loss(
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, step, at_once, *tensors):
-        device, ctx.dtype = tensors[0].device.type, tensors[0].dtype
-        if torch.is_autocast_enabled(device):
-            ctx.dtype = torch.get_autocast_dtype(device)
+        ctx.dtype = _product_dtype(tensors[0])
         ctx.step, ctx.at_once = step, at_once
         ctx.save_for_backward(*tensors)
         losses, ctx.grads = _run(ctx, tensors, None, at_once)
@@ -84,6 +82,18 @@ class _LinearLoss(torch.autograd.Function):
         return None, None, *cast
 
 
+def compute_dtype(features: Tensor) -> torch.dtype:
+    """The dtype of the scores and losses: fp32 or wider."""
+    return torch.promote_types(_product_dtype(features), torch.float32)
+
+
+def _product_dtype(features: Tensor) -> torch.dtype:
+    """The dtype of the products with the weight: autocast's, or that of the features."""
+    device = features.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else features.dtype
+
+
 def _run(
     ctx: Any, tensors: Sequence[Tensor], row_weight: Tensor | None, gradient: bool
 ) -> tuple[Tensor, list[Tensor | None] | None]:
@@ -93,8 +103,8 @@ def _run(
     over rows are made in fp32 or wider.
     """
     features, weight, bias, target, *_ = tensors
-    device, dtype = features.device.type, torch.promote_types(ctx.dtype, torch.float32)
-    with torch.autocast(device, enabled=False):
+    dtype = torch.promote_types(ctx.dtype, torch.float32)
+    with torch.autocast(features.device.type, enabled=False):
         x, w = features.to(ctx.dtype), weight.to(ctx.dtype)
         b = bias if bias is None else bias.to(ctx.dtype)
         losses = torch.empty(x.size(0), dtype=dtype, device=x.device)
@@ -146,6 +156,7 @@ def modulated_step(coefficients: Tensor, label_smoothing: float, ignore_index: i
         label_smoothing: in [0, 1).
         ignore_index: the class of rows that count for nothing.
     """
+    c_library.check_order(coefficients)
     c = coefficients.detach()
 
     def step(scores: Tensor, target: Tensor, weight: Tensor | None, gradient: bool) -> Any:
@@ -153,19 +164,19 @@ def modulated_step(coefficients: Tensor, label_smoothing: float, ignore_index: i
         sums = torch.zeros(c.shape, dtype=torch.float64)
         of_scores = c.to(scores.dtype)
         soft = target.is_floating_point()
-        target = (target.to(scores.dtype) if soft else target).contiguous()
+        target = (target.to(scores.dtype) if soft else target).contiguous().resolve_neg()
         description = c_library.Target(
             smoothing=label_smoothing, ignored=ignore_index, gradient=gradient
         )
-        setattr(description, "soft" if soft else "target", c_library.address(target))
+        of_target = c_library.address(target, scores.dtype if soft else torch.int64)
+        setattr(description, "soft" if soft else "target", of_target)
         if weight is not None:
             weight = weight.contiguous()
-            description.weight = c_library.address(weight)
+            description.weight = c_library.address(weight, scores.dtype)
         shape = (*scores.shape, torch.get_num_threads())
         arguments = (order_of(c), of_scores, scores, description, losses)
-        c_library.call(
-            scores.dtype, "cross_entropy", *shape, *arguments, sums if gradient else None
-        )
+        into = c_library.address(sums, torch.float64) if gradient else None
+        c_library.call(scores.dtype, "cross_entropy", *shape, *arguments, into)
         return losses, scores if gradient else None, [sums]
 
     return step

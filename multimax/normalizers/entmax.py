@@ -64,13 +64,15 @@ def entmax_of_excess(
     """`entmax` with alpha = 1 + `excess`, which has digits where alpha rounds to 1."""
     check_mask(mask)
     x = to_compute_precision(scores)
+    fixed = None if isinstance(excess, Tensor) else excess
+    lacks = None if fixed in (0.5, 1) else "only alpha = 1.5 and alpha = 2 have a kernel"
+    if c_rows.usable(x, "entmax", lacks):
+        return c_rows.threshold(x, fixed == 0.5, dim, mask).to(scores.dtype)
+    if fixed == 0:
+        return masked_softmax(x, dim, mask).to(scores.dtype)
     if isinstance(excess, Tensor):
         excess = excess.to(x.dtype)
         excess = excess.reshape((1,) * (x.dim() - excess.dim()) + excess.shape)
-    elif excess == 0:
-        return masked_softmax(x, dim, mask).to(scores.dtype)
-    elif excess in (0.5, 1) and c_rows.usable(x):
-        return c_rows.threshold(x, excess == 0.5, dim, mask).to(scores.dtype)
     if mask is not None:
         x = x.masked_fill(~mask, -math.inf)
     function = _EntMaxForward if function_transforms_active() else _EntMax

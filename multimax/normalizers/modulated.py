@@ -38,7 +38,8 @@ class ModulatedSoftMax(LogitNormalizer):
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         check_mask(mask)
         x = to_compute_precision(scores)
-        if not (self.fusible and c_rows.usable(x)):
+        lacks = None if self.fusible else c_rows.NO_MODULATOR
+        if not c_rows.usable(x, self, lacks):
             return masked_softmax(self.modulate(x), dim, mask).to(scores.dtype)
         coefficients = self.coefficients(x.dtype, x.device)
         return c_rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)

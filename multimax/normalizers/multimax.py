@@ -41,7 +41,8 @@ def multimax(
     """
     check_mask(mask)
     x = to_compute_precision(scores)
-    if c_rows.usable(x) and ts.shape == ranges.shape and ts.numel() in (2, 4) and ts.dim() == 1:
+    fits = ts.shape == ranges.shape and ts.numel() in (2, 4) and ts.dim() == 1
+    if c_rows.usable(x, "multimax", None if fits else c_rows.NO_MODULATOR):
         coefficients = torch.cat([_identity(ts), ts, ranges]).to(x.dtype)
         return c_rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)
     return masked_softmax(modulate(x, ts, ranges), dim, mask).to(scores.dtype)

@@ -11,6 +11,7 @@ from multimax.functional import (
     masked_softmax,
     to_compute_precision,
 )
+from multimax.kernels import c_rows
 from multimax.normalizers.modulated import ModulatedSoftMax
 
 
@@ -33,6 +34,8 @@ def softmax(
         ValueError: `temperature` is a number that is not positive, or `mask` is not boolean.
     """
     check_mask(mask)
+    # It runs on torch operations; the error of a kernel asked for by name is what is wanted.
+    c_rows.usable(scores, "softmax", "the function has no kernel, the module SoftMax has one")
     return masked_softmax(_scale(scores, temperature), dim, mask).to(scores.dtype)
 
 

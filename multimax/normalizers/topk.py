@@ -41,7 +41,7 @@ def _keep(scores: Tensor, k: int, dim: int, mask: Tensor | None) -> Tensor:
     scores = scores.detach()
     if k >= scores.size(dim):
         return torch.ones_like(scores, dtype=torch.bool)
-    if c_rows.usable(scores):
+    if c_rows.usable(scores, "topk"):
         return (scores >= c_rows.kth_largest(scores, k, dim, mask)) | scores.isnan()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

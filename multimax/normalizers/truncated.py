@@ -26,7 +26,7 @@ def truncated_softmax(
         scores = floored_logits(scores, keep, floor)
     else:
         mask = keep if mask is None else keep & mask
-    if c_rows.usable(scores):
+    if c_rows.usable(scores, "SoftMax over a part of the row"):
         identity = scores.new_tensor([1.0, 0.0])
         return c_rows.modulated_softmax(scores, identity, dim, mask)
     return masked_softmax(scores, dim, mask)

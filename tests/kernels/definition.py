@@ -13,7 +13,7 @@ from multimax.kernels.backend import use_backend
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    UNAVAILABLE = c_library.unavailable()
+    UNAVAILABLE = c_library.unavailable(torch.float32) or c_library.unavailable(torch.float64)
 needs_kernels = pytest.mark.skipif(
     UNAVAILABLE is not None,
     reason=f"tests the C kernels, which this machine cannot have: {UNAVAILABLE}",
@@ -55,7 +55,7 @@ def normalized(module, scores, mask=None, dim=-1, backend="auto", upstream=None)
     module = copy.deepcopy(module)
     scores = scores.detach().requires_grad_()
     with use_backend(backend):
-        assert c_rows.usable(scores) == (backend != "eager")
+        assert c_rows.usable(scores, module) == (backend != "eager")
         p = module(scores, dim, mask)
         return p.detach(), *_gradients(p, [scores, *module.parameters()], upstream)
 

@@ -66,7 +66,7 @@ def test_use_backend_nests_and_ends_with_an_exception():
         thread = threading.Thread(target=lambda: seen.append(chosen_backend()))
         thread.start()
         thread.join()
-        assert seen == ["eager"]
+        assert seen == ["auto"]
     assert chosen_backend() == "auto"
 
 
@@ -78,9 +78,13 @@ def test_use_backend_nests_and_ends_with_an_exception():
         (
             "c",
             SparseMax(),
-            r"SparseMax\(alpha=2\) is no SoftMax of scores with a modulator",
+            r"SparseMax\(alpha=2\): it is no SoftMax of scores with a modulator",
         ),
-        ("triton", SparseMax(), r"SparseMax\(alpha=2\) is no SoftMax of scores with a modulator"),
+        (
+            "triton",
+            SparseMax(),
+            r"SparseMax\(alpha=2\): it is no SoftMax of scores with a modulator",
+        ),
         ("c", MultiMax(order=3), r"MultiMax\(order=3.* a modulator of order <= 2"),
         ("triton", SoftMax(), "the tensors are on cpu, it runs on CUDA"),
     ],
@@ -106,7 +110,6 @@ def test_the_c_kernels_say_what_hinders_them():
 
     query, key, value = qkv()
     fails_with("query, key and value are torch.float32, torch.float64", query.float(), key, value)
-    fails_with("query, key and value are torch.int64", query.long(), key.long(), value.long())
     fails_with("the tensors are on meta", *(t.to("meta") for t in (query, key, value)))
     fails_with("there is nothing to compute", query[:0], key[:0], value[:0])
 
@@ -155,7 +158,7 @@ def test_eager_never_calls_a_kernel(called, name, way):
         with use_backend("eager"):
             attention(*tensors, normalizer, causal=True).square().sum().backward()
             p = normalizer.float()(scores)
-            assert not c_rows.usable(scores)
+            assert not c_rows.usable(scores, normalizer)
         p.square().sum().backward()
     assert not called
 
