@@ -17,10 +17,29 @@ from omegaconf import DictConfig, OmegaConf
 from multimax.options import as_typed, describe_field, leaves
 from multimax.training.config import read_config
 
+LENGTHS = ("epochs", "updates")
+
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
     """The settings among the arguments of the command line, without Hydra's own flags."""
     return [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+
+
+def complete_length(arguments: Sequence[str]) -> list[str]:
+    """The arguments, so that one of `trainer.epochs` and `trainer.updates` is enough.
+
+    Whichever is given replaces what recipes and experiments say: the other one becomes null. If
+    both are given, nothing is changed.
+    """
+    given = {
+        name: value
+        for key, _, value in (argument.lstrip("+").partition("=") for argument in arguments)
+        if (name := key.removeprefix("trainer.")) in LENGTHS and key != name
+    }
+    if len(given) != 1 or "null" in given.values():
+        return list(arguments)
+    (other,) = set(LENGTHS) - set(given)
+    return [*arguments, f"trainer.{other}=null"]
 
 
 def describe_settings(config: DictConfig) -> str:
