@@ -176,7 +176,7 @@ def as_typed(value: Any) -> str:
 
 
 def _explain(section: type[Section], content: Any, problem: Any, prefix: str) -> str:
-    if problem["type"] == "value_error":  # raised by a check of our own, which names the field
+    if problem["type"] == "value_error" and not problem["loc"]:  # of a whole section: names a field
         return str(problem["ctx"]["error"])
     name, *rest = problem["loc"] or ("",)
     fields = section.model_fields
@@ -194,10 +194,20 @@ def _explain(section: type[Section], content: Any, problem: Any, prefix: str) ->
     if problem["type"] == "missing" and not rest:
         return f"{prefix}{name} is missing; it must be {expected}{sentence}"
     value = content[name]
-    if isinstance(value, Mapping) and rest and _is_section(field.annotation):
+    own_check = problem["type"] == "value_error"
+    if isinstance(value, Mapping) and (rest or own_check) and _is_section(field.annotation):
         problem = problem | {"loc": rest}
         return _explain(field.annotation, value, problem, f"{prefix}{name}.")
-    return f"{prefix}{name}={as_typed(value)} must be {expected}{sentence}"
+    if own_check:
+        return f"{prefix}{name}={as_typed(value)}: {problem['ctx']['error']}"
+    quoted = ""
+    if (
+        expected.startswith("text")
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    ):
+        quoted = f"; a number is text in quotes, '{prefix}{name}=\"{value}\"'"
+    return f"{prefix}{name}={as_typed(value)} must be {expected}{sentence}{quoted}"
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[Section]]:

@@ -3,10 +3,11 @@
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
+from pydantic import AfterValidator
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -105,9 +106,25 @@ def normalized_attention(name: str, **options: Any) -> type[NormalizedAttention]
     return type(f"NormalizedAttention[{name}]", (NormalizedAttention,), bound)
 
 
+def _check_architecture(architecture: str) -> str:
+    modules = ("deit", "vision_transformer")
+    names = [name for module in modules for name in timm.list_models(module=module)]
+    known = [name for name in names if "distilled" not in name]  # those have a second head
+    if architecture not in known:
+        close = difflib.get_close_matches(architecture, known) or ["deit_small_patch16_224"]
+        raise ValueError(
+            f"architecture {architecture!r} is not a plain vision transformer of timm; "
+            f"use one such as {', '.join(close)}"
+        )
+    return architecture
+
+
+Architecture = Annotated[str, AfterValidator(_check_architecture)]
+
+
 @checked
 def build_vision_transformer(
-    architecture: str = "deit_small_patch16_224",
+    architecture: Architecture = "deit_small_patch16_224",
     *,
     attention: Mapping[str, Any],
     output: Mapping[str, Any],
@@ -172,8 +189,6 @@ def build_vision_transformer(
             "norm='pool_then_norm' needs class_token=False: with a class token nothing is pooled; "
             "use norm='norm_then_pool'"
         )
-    _check_architecture(architecture)
-
     model = timm.create_model(
         architecture,
         attn_layer=normalized_attention(**attention),
@@ -197,18 +212,6 @@ def build_vision_transformer(
     model.set_grad_checkpointing(gradient_checkpointing)
     model.register_load_state_dict_pre_hook(rename_official_keys)
     return model
-
-
-def _check_architecture(architecture: str) -> None:
-    modules = ("deit", "vision_transformer")
-    names = [name for module in modules for name in timm.list_models(module=module)]
-    known = [name for name in names if "distilled" not in name]  # those have a second head
-    if architecture not in known:
-        close = difflib.get_close_matches(architecture, known) or ["deit_small_patch16_224"]
-        raise ValueError(
-            f"architecture {architecture!r} is not a plain vision transformer of timm; "
-            f"use one such as {', '.join(close)}"
-        )
 
 
 def _check_model(model: nn.Module, architecture: str, image_size: int) -> VisionTransformer:

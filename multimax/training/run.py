@@ -28,7 +28,14 @@ from multimax.training.config import (
 )
 from multimax.training.loggers import JsonLinesLogger, Logger, ProgressDisplay, WandbLogger
 from multimax.training.random_state import seed_everything
-from multimax.training.result import SCHEMA, environment, learned_scalars, now, print_result
+from multimax.training.result import (
+    SCHEMA,
+    environment,
+    flat_summary,
+    learned_scalars,
+    now,
+    print_result,
+)
 from multimax.training.trainer import Trainer
 
 NOTHING = (".lock", "config.yaml", "wandb_id")  # what alone makes no run
@@ -171,9 +178,7 @@ def _finish(
     if trainer.accelerator.is_main_process:
         write_json(folder / "result.json", result)
     for logger in loggers:
-        logger.finish(
-            {f"{split}/{name}": v for split, row in metrics.items() for name, v in row.items()}
-        )
+        logger.finish(flat_summary(result))
     print_result(console, result, folder)
     trainer.accelerator.wait_for_everyone()
     return result

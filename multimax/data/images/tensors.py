@@ -119,7 +119,8 @@ def fashion_mnist_subset(
 
     Args:
         valid_size: how many training images are held out as the split "valid", an equal share of
-            each class; always the same ones. 0 leaves the split out.
+            each class; always the same ones. 0 leaves the split out: nothing is evaluated before
+            the end, and the result is that of the last weights.
         crop_padding, horizontal_flip, random_erasing: as in `Augmentation`.
 
     Raises:

@@ -2,8 +2,9 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator
 from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
@@ -26,6 +27,20 @@ _FOLDERS = (
 )
 
 
+def _check_policy(policy: str) -> str:
+    try:
+        create_transform(32, is_training=True, auto_augment=policy)
+    except Exception as error:  # timm asserts, and reads numbers
+        raise ValueError(
+            f"{error}; a policy of timm begins with rand, augmix, original, originalr, v0, v0r or "
+            "3a, as in rand-m9-mstd0.5-inc1; null is none"
+        ) from error
+    return policy
+
+
+Policy = Annotated[str, AfterValidator(_check_policy)]
+
+
 @checked
 def timm_images(
     root: str | Path | None = None,
@@ -35,7 +50,7 @@ def timm_images(
     train_split: str = "train",
     valid_split: str = "val",
     image_size: Count = 224,
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+    auto_augment: Policy | None = "rand-m9-mstd0.5-inc1",
     color_jitter: NotNegative = 0.3,
     random_erasing: Probability = 0.25,
     repeated_augmentation: Count = 3,
