@@ -87,12 +87,17 @@ def _explain(overrides: list[str], config_name: str) -> str | None:
         return None
     except HydraException as error:
         message = str(error)
+    except ValueError as error:  # a group that is not chosen by a name
+        return _explain_groups(overrides) or str(error)
     unknown = re.search(r"Could not override '([^']+)'", message)
     if not unknown:
         return message.split("Config search path")[0].strip()
     key = unknown.group(1)
     groups = [str(p.input_line) for p in _parse(overrides) if _chooses_group(p)]
-    known = sorted(set(_keys(compose(config_name, overrides=groups))))
+    composed = compose(config_name, overrides=groups)
+    if key in _declared(composed):
+        return f"{key} is not in the configuration files: to add it, type +{key}=... with a plus"
+    known = sorted(set(_keys(composed)))
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     section = key.rsplit(".", 1)[0] + "." if "." in key else ""
     siblings = [k for k in known if k.startswith(section) and "." not in k[len(section) :]]
@@ -101,6 +106,24 @@ def _explain(overrides: list[str], config_name: str) -> str | None:
         lines.append(f"did you mean: {', '.join(close)}")
     lines.append(f"settings there: {', '.join(siblings) or ', '.join(known)}")
     return "\n".join(lines)
+
+
+def _explain_groups(overrides: list[str]) -> str | None:
+    loader = GlobalHydra.instance().config_loader()
+    for override in _parse(overrides):
+        group = override.key_or_group
+        if group in loader.list_groups("") and not isinstance(override.value(), str | list):
+            options = loader.get_group_options(group) or [f"the files in configs/{group}"]
+            return f"{override.input_line} must be one of: {', '.join(options)}"
+    return None
+
+
+def _declared(config: DictConfig) -> set[str]:
+    """Names of all settings; of a configuration that is not complete, none."""
+    try:
+        return {name for name, _, _ in leaves(read_config(config))}
+    except ValueError:
+        return set()
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

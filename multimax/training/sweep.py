@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from multimax.training.config import read_config, run_folder
 from multimax.training.run import run
+from multimax.training.trainer import InterruptedRunError
 
 RECORD = "jobs.jsonl"
 State = Literal["finished", "finished before", "failed", "interrupted"]
@@ -57,6 +58,8 @@ def run_job(config: DictConfig) -> None:
         before = typed.resume != "never" and (folder / "result.json").exists()
         said = main_metric(run(typed))
         state = "finished before" if before else "finished"
+    except InterruptedRunError:
+        raise
     except (ValueError, OSError, FloatingPointError) as error:
         state, said = "failed", str(error)
         print(f"error: {error}\n", file=sys.stderr)

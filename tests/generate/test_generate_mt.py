@@ -209,7 +209,7 @@ class TestBadInput:
         self.refused(generate, "was trained for language_modeling: .*mt_", checkpoint=folder)
 
     def test_a_beam_of_no_hypotheses(self, generate):
-        self.refused(generate, r"decoding\.beam=0 must be a whole number >= 1", "--beam", "0")
+        self.refused(generate, r"decoding\.beam=0 must be a whole number in", "--beam", "0")
 
     def test_a_line_in_another_encoding(self, generate):
         content = "gut\nÄhnlich\n".encode("latin1")
