@@ -1,5 +1,6 @@
 """Checks of settings that need each other, or what a library knows, before data is loaded."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,9 @@ def _check_normalizer(place: str, options: Mapping[str, Any]) -> None:
     try:
         build_preserving_rng(options)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{place}.{error}") from None
+        named = re.match(r"\w+", str(error))
+        dot = "." if named and named[0] in options else ": "  # before the option that is to blame
+        raise ValueError(f"{place}{dot}{error}") from None
 
 
 def _normalizers_of_model(config: Any) -> dict[str, Mapping[str, Any]]:

@@ -59,10 +59,10 @@ REFUSED = [
     (IMAGENET, "data.auto_augment=rand-m1.5", "data.auto_augment='rand-m1.5': invalid literal for"),
     (SOFTMAX, "attention.temperature=null", "attention.temperature=null must be a number"),
     (SOFTMAX, "attention.temperature=1e-40", "attention.temperature must be in [1e-30, 1e+30], g"),
-    (SOFTMAX, "attention.temperature=-1", "attention.temperature must be a finite number > 0, got"),
-    (ENTMAX, "attention.heads=3", "attention.heads=3 is not model.num_heads=4: use attention.heads"),
+    (SOFTMAX, "attention.temperature=-1", "attention.temperature must be a finite number > 0, g"),
+    (ENTMAX, "attention.heads=3", "attention.heads=3 is not model.num_heads=4: use atten"),
     (["output=entmax", *TEXT], "+output.heads=4", "output.heads=4: an output layer has no heads"),
-    (PAIRS, "model.cross_attention=topp", "model.cross_attention.unknown normalizer 'topp'; known"),
+    (PAIRS, "model.cross_attention=topp", "model.cross_attention: unknown normalizer 'topp'"),
     (PAIRS, "model.cross_attention={k: 3}", "model.cross_attention={k: 3} must have a name, as in"),
     (
         PAIRS,
@@ -150,9 +150,7 @@ def test_without_a_valid_split_the_last_weights_count(tmp_path):
     assert result["updates"] == 4
     assert not list(tmp_path.rglob("best.pt"))
     assert len(list(tmp_path.rglob("last.pt"))) == 1
-    with pytest.raises(
-        ValueError, match=r"data\.valid_size=0 leaves nothing to choose .*trainer\.report=last"
-    ):
+    with pytest.raises(ValueError, match=r"data\.valid_size=0 leaves nothing .*report=last"):
         read(*IMAGES, "data.valid_size=0", "trainer.report=best")
 
 
@@ -189,9 +187,7 @@ def test_weights_that_diverge_in_the_last_update_are_said(tmp_path):
     config = tiny_config(tmp_path, "optimizer.lr=1e30", "trainer.updates=1", "schedule.warmup=0",
                          "trainer.evaluate_every=1")  # fmt: skip
     for _ in range(2):
-        with pytest.raises(
-            FloatingPointError, match=r"the valid loss is (nan|inf).*Lower optimize"
-        ):
+        with pytest.raises(FloatingPointError, match=r"the valid loss is (nan|inf).*Lower opt"):
             run_quietly(config)
 
 
@@ -199,7 +195,8 @@ def test_weights_that_diverge_in_the_last_update_are_said(tmp_path):
 def test_beams_are_compared_with_the_vocabulary_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr("multimax.training.trainer.Trainer.fit", lambda self: pytest.fail("fit"))
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("config", [*PAIRS, "data.vocabulary_size=260", "decoding.beam=300",
-                                    f"data.cache={tmp_path}", f"output_dir={tmp_path}"])  # fmt: skip
-    with pytest.raises(ValueError, match=r"decoding\.beam=300 must be less than 2\d\d, the number"):
+        small = "data.vocabulary_size=260", "decoding.beam=300"
+        places = f"data.cache={tmp_path}", f"output_dir={tmp_path}"
+        config = compose("config", [*PAIRS, *small, *places])
+    with pytest.raises(ValueError, match=r"decoding\.beam=300 must be less than 2\d\d, the"):
         run_quietly(config)
