@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 Whole = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=2**17)]  # of a layer
+Depth = Annotated[int, Field(ge=1, le=1000)]  # in layers
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import timm
 import torch
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from multimax.attention import attention
 from multimax.models.official_names import rename_official_keys
 from multimax.normalizers import Normalizer, build_preserving_rng
-from multimax.options import Count, Positive, Rate, checked
+from multimax.options import Count, Depth, Rate, Width, checked
 
 
 class NormalizedAttention(Attention):
@@ -120,6 +120,8 @@ def _check_architecture(architecture: str) -> str:
 
 
 Architecture = Annotated[str, AfterValidator(_check_architecture)]
+PatchSize = Annotated[int, Field(ge=1, le=1024)]
+MlpRatio = Annotated[float, Field(gt=0, le=1000)]
 
 
 @checked
@@ -138,11 +140,11 @@ def build_vision_transformer(
     drop_path: Rate = 0.0,
     dropout: Rate = 0.0,
     attention_dropout: Rate = 0.0,
-    patch_size: Count | None = None,
-    embed_dim: Count | None = None,
-    depth: Count | None = None,
-    num_heads: Count | None = None,
-    mlp_ratio: Positive | None = None,
+    patch_size: PatchSize | None = None,
+    embed_dim: Width | None = None,
+    depth: Depth | None = None,
+    num_heads: Width | None = None,
+    mlp_ratio: MlpRatio | None = None,
 ) -> VisionTransformer:
     """A timm vision transformer over any normalizer, with new weights (DeiT's initialization).
 

@@ -127,7 +127,7 @@ class ScheduleSection(Section):
     period_growth: Annotated[float, Field(ge=1)] | None = Field(
         None, description="of cosine_restarts: length of a period by that of the one before"
     )
-    shrink: Positive | None = Field(
+    shrink: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="of cosine_restarts: rates of a period by those of the one before"
     )
 
