@@ -245,10 +245,14 @@ def _range(metadata: Iterable[Any]) -> str:
     low, high = (least if above is None else above), (most if below is None else below)
     if low is not None and high is not None:
         left, right = "[" if above is None else "(", "]" if below is None else ")"
-        return f" in {left}{low:g}, {high:g}{right}"
+        return f" in {left}{_plain(low)}, {_plain(high)}{right}"
     if low is not None:
-        return f" {'>=' if above is None else '>'} {low:g}"
-    return "" if high is None else f" {'<=' if below is None else '<'} {high:g}"
+        return f" {'>=' if above is None else '>'} {_plain(low)}"
+    return "" if high is None else f" {'<=' if below is None else '<'} {_plain(high)}"
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _limit(metadata: Iterable[Any], name: str) -> Any:

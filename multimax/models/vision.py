@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from multimax.attention import attention
 from multimax.models.official_names import rename_official_keys
-from multimax.normalizers import Normalizer, build_preserving_rng
+from multimax.normalizers import Normalizer, build_for_attention, build_preserving_rng
 from multimax.options import Count, Depth, Rate, Width, checked
 
 
@@ -45,7 +45,7 @@ class NormalizedAttention(Attention):
                 f"use embed_dim={math.ceil(dim / num_heads) * num_heads} or another num_heads"
             )
         super().__init__(dim, num_heads, **options)
-        self.normalizer = build_preserving_rng(self.normalizer_options)
+        self.normalizer = build_for_attention(self.normalizer_options, num_heads)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False

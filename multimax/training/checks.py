@@ -14,10 +14,10 @@ from multimax.training.optimization import build_optimizer
 
 def check_settings(config: Any) -> None:
     """Raise ValueError for settings that do not go with each other; the message names one."""
+    _check_heads(config)
     for section in ("attention", "output"):
         _check_normalizer(section, getattr(config, section).given())
     _check_attention_of_model(config)
-    _check_heads(config)
     _check_length(config)
     _check_rates(config)
     _check_best(config)
@@ -40,6 +40,8 @@ def _check_normalizer(place: str, options: Mapping[str, Any]) -> None:
         named = re.match(r"\w+", str(error))
         dot = "." if named and named[0] in options else ": "  # before the option that is to blame
         raise ValueError(f"{place}{dot}{error}") from None
+    except RuntimeError as error:  # of torch, which has no memory for so many scalars
+        raise ValueError(f"{place}={as_typed(options)}: {error}") from None
 
 
 def _normalizers_of_model(config: Any) -> dict[str, Mapping[str, Any]]:
@@ -70,7 +72,7 @@ def _check_heads(config: Any) -> None:
     places = {"attention": config.attention.given(), **_normalizers_of_model(config)}
     for place, options in places.items():
         heads = options.get("heads")
-        if heads is not None and there is not None and heads != there:
+        if there is not None and heads not in (None, 1, there):
             raise ValueError(
                 f"{place}.heads={heads} is not model.num_heads={there}: use {place}.heads={there}, "
                 "or null for one alpha of all heads"

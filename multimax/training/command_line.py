@@ -87,7 +87,7 @@ def _explain(overrides: list[str], config_name: str) -> str | None:
         return None
     except HydraException as error:
         message = str(error)
-    except ValueError as error:  # a group that is not chosen by a name
+    except (ValueError, TypeError) as error:  # a group that is not chosen by a name
         return _explain_groups(overrides) or str(error)
     unknown = re.search(r"Could not override '([^']+)'", message)
     if not unknown:
@@ -111,8 +111,9 @@ def _explain(overrides: list[str], config_name: str) -> str | None:
 def _explain_groups(overrides: list[str]) -> str | None:
     loader = GlobalHydra.instance().config_loader()
     for override in _parse(overrides):
-        group = override.key_or_group
-        if group in loader.list_groups("") and not isinstance(override.value(), str | list):
+        group, value = override.key_or_group, override.value()
+        names = value if isinstance(value, list) else [value]
+        if group in loader.list_groups("") and not all(isinstance(name, str) for name in names):
             options = loader.get_group_options(group) or [f"the files in configs/{group}"]
             return f"{override.input_line} must be one of: {', '.join(options)}"
     return None

@@ -146,12 +146,12 @@ def two_updates(config, folder):
     accelerator = Accelerator(cpu=True)
     task = build_task(config, 0, 1, accelerator.device)
     trainer = Trainer(task, config, folder, accelerator, [], None)
-    trainer.fit(stop_after=2)
     decoding = getattr(config, "decoding", None)
-    longest = decoding and decoding.max_len_a * 100 + decoding.max_len_b
-    if not longest or longest <= EVALUATED:
-        trainer.evaluate_and_keep_best()
-        trainer.inspect()
+    if decoding and decoding.max_len_a * 100 + decoding.max_len_b > EVALUATED:
+        trainer.evaluate_and_keep_best = lambda: None
+    trainer.fit(stop_after=2)
+    trainer.evaluate_and_keep_best()
+    trainer.inspect()
 
 
 def assert_says_diverged(said, values):
