@@ -93,11 +93,16 @@ def _explain(overrides: list[str], config_name: str) -> str | None:
     if not unknown:
         return message.split("Config search path")[0].strip()
     key = unknown.group(1)
-    groups = [str(p.input_line) for p in _parse(overrides) if _chooses_group(p)]
+    chosen = [p for p in _parse(overrides) if _chooses_group(p) and isinstance(p.value(), str)]
+    groups = [str(p.input_line) for p in chosen]
     composed = compose(config_name, overrides=groups)
     if key in _declared(composed):
         return f"{key} is not in the configuration files: to add it, type +{key}=... with a plus"
     known = sorted(set(_keys(composed)))
+    if key in known:
+        return (
+            f"{key} cannot be replaced as a whole: choose {key}=NAME, and type {key}.SETTING=VALUE"
+        )
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     section = key.rsplit(".", 1)[0] + "." if "." in key else ""
     siblings = [k for k in known if k.startswith(section) and "." not in k[len(section) :]]
