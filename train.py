@@ -9,14 +9,18 @@ import sys
 
 import hydra
 from hydra import initialize
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from multimax.training.command_line import (
+    complete_length,
     describe_settings,
     explain_bad_overrides,
     overrides_of,
 )
 from multimax.training.run import run
+from multimax.training.sweep import run_job
 from multimax.training.trainer import InterruptedRunError
 
 CONFIGS = "configs"
@@ -25,8 +29,9 @@ CONFIGS = "configs"
 @hydra.main(version_base="1.3", config_path=CONFIGS, config_name="config")
 def main(config: DictConfig) -> None:
     """Run one configuration; Hydra calls this once, or once for each run of a sweep."""
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        run(config)
+        run_job(config) if sweep else run(config)
     except InterruptedRunError as stop:
         again = "" if config.resume == "auto" else " with resume=auto"
         print(f"{stop}; the same command{again} goes on from there", file=sys.stderr)
@@ -49,4 +54,5 @@ if __name__ == "__main__":
         "settings", lambda *, _root_: describe_settings(_root_), replace=True
     )
     check_command_line(sys.argv[1:])
+    sys.argv[1:] = complete_length(sys.argv[1:])
     main()

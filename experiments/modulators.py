@@ -1,7 +1,7 @@
 """Draw what a MultiMax run learned: the modulator of each layer, and the course of training.
 
 python -m experiments.modulators                       # the newest small-scale deit_multimax run
-python -m experiments.modulators outputs/paper/deit_multimax/RUN
+python -m experiments.modulators outputs/small/lm_multimax/RUN
 """
 
 import argparse
@@ -18,13 +18,18 @@ from matplotlib.axes import Axes
 
 from multimax import modulate
 
+MAIN_METRICS = ("top1", "bleu", "perplexity", "smoothed_perplexity")
+
 
 def main() -> None:
     """Draw the run that the command line names into its own folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", nargs="?", type=Path, help="a run folder with a result.json")
-    folder = parser.parse_args().run or newest_run(Path("outputs/small/deit_multimax"))
-    print(draw(folder))
+    folder = parser.parse_args().run
+    try:
+        print(draw(folder or newest_run(Path("outputs/small/deit_multimax"))))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def newest_run(parent: Path) -> Path:
@@ -83,7 +88,7 @@ def _draw_modulators(axes: Axes, layers: dict[str, tuple[torch.Tensor, torch.Ten
     axes.plot(scores, scores, color="0.6", linestyle="--", label="SoftMax (identity)")
     colors = plt.get_cmap("viridis")(torch.linspace(0, 0.85, max(len(layers) - 1, 1)).numpy())
     for index, (name, (ts, ranges)) in enumerate(layers.items()):
-        color = "tab:red" if name == "output" else colors[min(index, len(colors) - 1)]
+        color = "tab:red" if "output" in name.split(".") else colors[min(index, len(colors) - 1)]
         axes.plot(scores, modulate(scores, ts, ranges), color=color, label=name)
     axes.set(xlabel="score x", ylabel="modulated score", title="learned modulators")
     axes.legend(fontsize=8)
@@ -91,22 +96,27 @@ def _draw_modulators(axes: Axes, layers: dict[str, tuple[torch.Tensor, torch.Ten
 
 
 def _draw_training(axes: Axes, lines: list[dict[str, Any]]) -> None:
-    train = [(line["update"], line["train/loss"]) for line in lines if "train/loss" in line]
-    valid = [(line["update"], line["valid/loss"]) for line in lines if "valid/loss" in line]
-    axes.plot(*zip(*train, strict=True), color="0.7", label="training loss")
+    train, valid = (
+        [(line["update"], line[name]) for line in lines if line.get(name) is not None]
+        for name in ("train/loss", "valid/loss")
+    )
+    if train:
+        axes.plot(*zip(*train, strict=True), color="0.7", label="training loss")
     if valid:
         axes.plot(*zip(*valid, strict=True), "o-", color="tab:blue", label="validation loss")
     axes.set(xlabel="update", ylabel="loss", title="training")
-    axes.legend(fontsize=8)
+    if train or valid:
+        axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
 
 
 def _title(result: dict[str, Any]) -> str:
     split = "test" if "test" in result["metrics"] else "valid"
-    figures = result["metrics"][split]
+    metrics = result["metrics"][split]
+    name = next((name for name in MAIN_METRICS if name in metrics), "loss")
     return (
         f"{result['experiment']}, {result['scale']} scale, seed {result['seed']}: "
-        f"{figures['top1']:.1f} % top-1 on {figures['examples']:,} {split} images"
+        f"{split} {name} {metrics[name]:.4g} (n = {metrics['examples']:,})"
     )
 
 

@@ -25,13 +25,24 @@ ONLY_MODELS = {
 
 
 def collect(folders: list[Path], target: Path = RUNS) -> list[Path]:
-    """Copy every finished result below `folders` to `target/<scale>/<experiment>/<run>.json`."""
+    """Copy every finished result below `folders` to `target/<scale>/<experiment>/<run>.json`.
+
+    What was set aside and what `debug=two_updates` made is left out.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        ValueError: a result is damaged.
+    """
     copied = []
     for folder in folders:
+        if not folder.exists():
+            raise FileNotFoundError(f"there is no {folder}: give folders of finished runs")
         for file in sorted(folder.rglob("result.json")):
-            if any(part.startswith("previous-") for part in file.parts):
+            if any(part.startswith("previous-") for part in file.relative_to(folder).parts):
                 continue
-            result = json.loads(file.read_text())
+            result = _read(file)
+            if is_debug(result):
+                continue
             path = target / result["scale"] / result["experiment"] / f"{file.parent.name}.json"
             write_json(path, result)
             copied.append(path)
@@ -40,7 +51,19 @@ def collect(folders: list[Path], target: Path = RUNS) -> list[Path]:
 
 def load(source: Path = RUNS) -> list[Result]:
     """All recorded results, wherever they lie below `source`, in the present schema."""
-    return [upgrade(json.loads(file.read_text())) for file in sorted(source.rglob("*.json"))]
+    return [upgrade(_read(file)) for file in sorted(source.rglob("*.json"))]
+
+
+def is_debug(result: Result) -> bool:
+    """Whether a run was only to see whether its configuration runs at all."""
+    return "debug" in (result["experiment"], *result["config"]["tags"])
+
+
+def _read(file: Path) -> Result:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it") from error
 
 
 def upgrade(result: Result) -> Result:
@@ -80,8 +103,11 @@ def main() -> None:
     """Copy the results that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folders", nargs="+", type=Path, help="folders with finished runs")
-    for path in collect(parser.parse_args().folders):
-        print(path)
+    try:
+        copied = collect(parser.parse_args().folders)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(*copied or ["no finished run there, but for runs of debug=two_updates"], sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 
 from experiments.results import Result
+from multimax.training.command_line import complete_length
 from multimax.training.config import hashed_settings, read_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -29,9 +31,17 @@ class Selection:
 
 
 def settings_of(*overrides: str) -> dict[str, Any]:
-    """The settings that a command line of `train.py` composes, without those of no consequence."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hashed_settings(read_config(compose("config", overrides=list(overrides))))
+    """The settings that a command line of `train.py` composes, without those of no consequence.
+
+    Raises:
+        ValueError: they do not compose.
+    """
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            composed = compose("config", overrides=complete_length(overrides))
+    except HydraException as error:
+        raise ValueError(str(error).partition("\n")[0]) from error
+    return hashed_settings(read_config(composed))
 
 
 def recorded_settings(result: Result) -> dict[str, Any]:

@@ -13,15 +13,17 @@ A row has the runs with its very configuration, whatever their names and folders
 import argparse
 import csv
 import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.results import RUNS, Result, load, mean_and_deviation, paired_difference
-from experiments.selection import recorded_settings, select, settings_of
+from experiments.selection import CONFIGS, recorded_settings, select, settings_of
 from multimax.files import write_atomically
 from multimax.registry import look_up
 
 BASELINE = "softmax"
+SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
 LABELS = {
     "softmax": "SoftMax",
     "temperature": "SoftMax, learned temperature",
@@ -54,6 +56,12 @@ class Table:
     unit: str
     digits: int = 2
 
+    def has_scale(self, scale: str) -> bool:
+        """Whether its task has a recipe at a scale."""
+        experiment = f"experiment={self.prefix}_{self.variants[0]}"
+        task = settings_of(experiment)["task"]["name"]
+        return (CONFIGS / "recipe" / task / f"{scale}.yaml").exists()
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Names of all columns."""
@@ -67,7 +75,7 @@ class Table:
         """The cells, empty where there is no run; a caption; and what was left out.
 
         Args:
-            scale: "small" or "paper".
+            scale: one of `SCALES`, of which the task has a recipe.
             source: folder of the recorded results.
             overrides: settings of the runs that are not those of the experiments.
         """
@@ -172,21 +180,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", help=f"{', '.join(TABLES)}; all if none is named")
-    parser.add_argument("--scale", choices=("small", "paper"), default="small")
+    parser.add_argument("--scale", choices=SCALES, default="small")
     arguments = parser.parse_args()
     overrides = tuple(name for name in arguments.names if "=" in name)
-    names = [name for name in arguments.names if "=" not in name] or list(TABLES)
+    named = [name for name in arguments.names if "=" not in name]
+    without_runs = []
     try:
-        for name in names:
+        for name in named or TABLES:
             table = look_up("table", TABLES, name)
+            if not table.has_scale(arguments.scale):
+                without_runs.append(f"{name}: its task has no scale {arguments.scale}")
+                continue
             rows, caption, notes = table.rows(arguments.scale, overrides=overrides)
             print(*notes, sep="\n", end="\n" if notes else "")
+            if not any(row["seeds"] for row in rows):
+                without_runs.append(
+                    f"{name}: {RUNS} has no run at {arguments.scale} scale with these settings, so "
+                    "that no table is written; `python -m experiments.tables --help` has the "
+                    "commands"
+                )
+                continue
             for suffix, text in table.files(rows, caption).items():
                 path = Path("results/tables") / f"{name}_{arguments.scale}{suffix}"
                 write_atomically(path, lambda stream, text=text: stream.write(text.encode()))
                 print(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    print(*without_runs, sep="\n", end="\n" if without_runs else "", file=sys.stderr)
+    if without_runs and (named or len(without_runs) == len(TABLES)):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 Whole = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Width = Annotated[int, Field(ge=1, le=2**17)]  # of a layer
+Depth = Annotated[int, Field(ge=1, le=1000)]  # in layers
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -176,7 +178,7 @@ def as_typed(value: Any) -> str:
 
 
 def _explain(section: type[Section], content: Any, problem: Any, prefix: str) -> str:
-    if problem["type"] == "value_error":  # raised by a check of our own, which names the field
+    if problem["type"] == "value_error" and not problem["loc"]:  # of a whole section: names a field
         return str(problem["ctx"]["error"])
     name, *rest = problem["loc"] or ("",)
     fields = section.model_fields
@@ -194,10 +196,20 @@ def _explain(section: type[Section], content: Any, problem: Any, prefix: str) ->
     if problem["type"] == "missing" and not rest:
         return f"{prefix}{name} is missing; it must be {expected}{sentence}"
     value = content[name]
-    if isinstance(value, Mapping) and rest and _is_section(field.annotation):
+    own_check = problem["type"] == "value_error"
+    if isinstance(value, Mapping) and (rest or own_check) and _is_section(field.annotation):
         problem = problem | {"loc": rest}
         return _explain(field.annotation, value, problem, f"{prefix}{name}.")
-    return f"{prefix}{name}={as_typed(value)} must be {expected}{sentence}"
+    if own_check:
+        return f"{prefix}{name}={as_typed(value)}: {problem['ctx']['error']}"
+    quoted = ""
+    if (
+        expected.startswith("text")
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    ):
+        quoted = f"; a number is text in quotes, '{prefix}{name}=\"{value}\"'"
+    return f"{prefix}{name}={as_typed(value)} must be {expected}{sentence}{quoted}"
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
@@ -233,10 +245,14 @@ def _range(metadata: Iterable[Any]) -> str:
     low, high = (least if above is None else above), (most if below is None else below)
     if low is not None and high is not None:
         left, right = "[" if above is None else "(", "]" if below is None else ")"
-        return f" in {left}{low:g}, {high:g}{right}"
+        return f" in {left}{_plain(low)}, {_plain(high)}{right}"
     if low is not None:
-        return f" {'>=' if above is None else '>'} {low:g}"
-    return "" if high is None else f" {'<=' if below is None else '<'} {high:g}"
+        return f" {'>=' if above is None else '>'} {_plain(low)}"
+    return "" if high is None else f" {'<=' if below is None else '<'} {_plain(high)}"
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _limit(metadata: Iterable[Any], name: str) -> Any:

@@ -20,7 +20,7 @@ FAIRSEQ_SPECIALS = ("<s>", PADDING, END, "<unk>")
 FAIRSEQ_MULTIPLE = 8  # fairseq fills a dictionary up to a multiple of this
 CONTINUED = "@@ "  # subword-nmt's mark between the parts of a word
 SMALLEST_BPE = 2 + 256  # the two special tokens and a token for each byte
-BytePairSize = Annotated[int, Field(ge=SMALLEST_BPE)]
+BytePairSize = Annotated[int, Field(ge=SMALLEST_BPE, le=10**6)]
 
 # A byte of byte-level BPE is written as the character of that number if it can be seen, else as
 # one from 256 on (GPT-2's table).

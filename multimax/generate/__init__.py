@@ -29,3 +29,6 @@ def main(arguments: list[str] | None = None) -> None:
         parsed.run(parsed)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        print()  # what comes next begins on a line of its own
+        raise SystemExit(130) from None

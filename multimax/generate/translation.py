@@ -7,7 +7,6 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,8 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     drawn = arguments.attention is None
     # Someone who types wants to see the translation of a line before typing the next.
     together = 1 if sys.stdin.isatty() else LINES
-    lines = _decoded(sys.stdin.buffer)
-    while group := list(islice(lines, together)):
+    for group in _groups(_decoded(sys.stdin.buffer), together):
         for line, translation in zip(group, translator.translate(group), strict=True):
             print(translation, flush=together == 1)
             if line.strip() and not drawn:
@@ -207,6 +205,23 @@ class Translator:
             found[0]
             for found in beam_search(self.model, source, eos=eos, **search_options(self.decoding))
         ]
+
+
+def _groups(lines: Iterator[str], size: int) -> Iterator[list[str]]:
+    """The lines by `size`; the good ones before a bad one come before its error."""
+    group: list[str] = []
+    try:
+        for line in lines:
+            group.append(line)
+            if len(group) == size:
+                yield group
+                group = []
+    except ValueError:
+        if group:
+            yield group
+        raise
+    if group:
+        yield group
 
 
 def _decoded(lines: Iterable[bytes]) -> Iterator[str]:

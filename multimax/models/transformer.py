@@ -20,9 +20,9 @@ from multimax.models.transformer_stacks import (
     check_heads,
     check_vocabulary,
 )
-from multimax.options import Count, Rate, Whole, checked
+from multimax.options import Count, Depth, Rate, Whole, Width, checked
 
-EmbedDim = Annotated[int, Field(ge=4)]  # for sinusoidal positions
+EmbedDim = Annotated[int, Field(ge=4, le=2**17)]  # for sinusoidal positions
 
 __all__ = ["Cache", "EncodedSource", "LanguageModel", "TranslationModel"]
 
@@ -69,9 +69,9 @@ class LanguageModel(nn.Module):
         padding_index: Whole,
         *,
         embed_dim: EmbedDim,
-        ffn_dim: Count,
-        depth: Count,
-        num_heads: Count,
+        ffn_dim: Width,
+        depth: Depth,
+        num_heads: Width,
         attention: Mapping[str, Any],
         output: Mapping[str, Any],
         pre_norm: bool = True,
@@ -186,10 +186,10 @@ class TranslationModel(nn.Module):
         padding_index: Whole,
         *,
         embed_dim: EmbedDim,
-        ffn_dim: Count,
-        encoder_depth: Count,
-        decoder_depth: Count,
-        num_heads: Count,
+        ffn_dim: Width,
+        encoder_depth: Depth,
+        decoder_depth: Depth,
+        num_heads: Width,
         attention: Mapping[str, Any],
         output: Mapping[str, Any],
         encoder_attention: str | Mapping[str, Any] | None = None,

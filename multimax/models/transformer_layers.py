@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimax.attention import attention
-from multimax.normalizers import Normalizer, SoftMax, build_preserving_rng
+from multimax.normalizers import Normalizer, SoftMax, build_for_attention
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -104,7 +104,7 @@ class MultiheadAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
-        self.normalizer: Normalizer = build_preserving_rng(normalizer)
+        self.normalizer: Normalizer = build_for_attention(normalizer, num_heads)
         self.official_mismatch = official_mismatch
 
     def _heads(self, x: Tensor) -> Tensor:

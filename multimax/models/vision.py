@@ -4,10 +4,11 @@ import copyreg
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
+from pydantic import AfterValidator, Field
 from timm.layers.attention import Attention
 from timm.models import register_notrace_module
 from timm.models.vision_transformer import VisionTransformer
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from multimax.attention import attention
 from multimax.functional import function_transforms_active
 from multimax.models.official_names import rename_official_keys
-from multimax.normalizers import Normalizer, build_preserving_rng
-from multimax.options import Count, Positive, Rate, checked
+from multimax.normalizers import Normalizer, build_for_attention, build_preserving_rng
+from multimax.options import Count, Depth, Rate, Width, checked
 
 
 class NormalizedAttention(Attention):
@@ -47,7 +48,7 @@ class NormalizedAttention(Attention):
                 f"use embed_dim={math.ceil(dim / num_heads) * num_heads} or another num_heads"
             )
         super().__init__(dim, num_heads, **options)
-        normalizer = build_preserving_rng(self.normalizer_options)
+        normalizer = build_for_attention(self.normalizer_options, num_heads)
         self.normalizer = normalizer.to(options.get("device"), options.get("dtype"))
 
     def forward(
@@ -134,9 +135,27 @@ def _bind(options: Mapping[str, Any]) -> type[NormalizedAttention]:
     return _Bound(name, (NormalizedAttention,), {"normalizer_options": options})
 
 
+def _check_architecture(architecture: str) -> str:
+    modules = ("deit", "vision_transformer")
+    names = [name for module in modules for name in timm.list_models(module=module)]
+    known = [name for name in names if "distilled" not in name]  # those have a second head
+    if architecture not in known:
+        close = difflib.get_close_matches(architecture, known) or ["deit_small_patch16_224"]
+        raise ValueError(
+            f"architecture {architecture!r} is not a plain vision transformer of timm; "
+            f"use one such as {', '.join(close)}"
+        )
+    return architecture
+
+
+Architecture = Annotated[str, AfterValidator(_check_architecture)]
+PatchSize = Annotated[int, Field(ge=1, le=1024)]
+MlpRatio = Annotated[float, Field(gt=0, le=1000)]
+
+
 @checked
 def build_vision_transformer(
-    architecture: str = "deit_small_patch16_224",
+    architecture: Architecture = "deit_small_patch16_224",
     *,
     attention: Mapping[str, Any],
     output: Mapping[str, Any],
@@ -150,11 +169,11 @@ def build_vision_transformer(
     drop_path: Rate = 0.0,
     dropout: Rate = 0.0,
     attention_dropout: Rate = 0.0,
-    patch_size: Count | None = None,
-    embed_dim: Count | None = None,
-    depth: Count | None = None,
-    num_heads: Count | None = None,
-    mlp_ratio: Positive | None = None,
+    patch_size: PatchSize | None = None,
+    embed_dim: Width | None = None,
+    depth: Depth | None = None,
+    num_heads: Width | None = None,
+    mlp_ratio: MlpRatio | None = None,
 ) -> VisionTransformer:
     """A timm vision transformer over any normalizer, with new weights (DeiT's initialization).
 
@@ -201,8 +220,6 @@ def build_vision_transformer(
             "norm='pool_then_norm' needs class_token=False: with a class token nothing is pooled; "
             "use norm='norm_then_pool'"
         )
-    _check_architecture(architecture)
-
     model = timm.create_model(
         architecture,
         attn_layer=normalized_attention(**attention),
@@ -226,18 +243,6 @@ def build_vision_transformer(
     model.set_grad_checkpointing(gradient_checkpointing)
     model.register_load_state_dict_pre_hook(rename_official_keys)
     return model
-
-
-def _check_architecture(architecture: str) -> None:
-    modules = ("deit", "vision_transformer")
-    names = [name for module in modules for name in timm.list_models(module=module)]
-    known = [name for name in names if "distilled" not in name]  # those have a second head
-    if architecture not in known:
-        close = difflib.get_close_matches(architecture, known) or ["deit_small_patch16_224"]
-        raise ValueError(
-            f"architecture {architecture!r} is not a plain vision transformer of timm; "
-            f"use one such as {', '.join(close)}"
-        )
 
 
 def _check_model(model: nn.Module, architecture: str, image_size: int) -> VisionTransformer:

@@ -38,6 +38,7 @@ __all__ = [
     "SoftMax",
     "SparseMax",
     "TopK",
+    "build_for_attention",
     "build_normalizer",
     "build_preserving_rng",
     "entmax",
@@ -80,3 +81,19 @@ def build_preserving_rng(options: Mapping[str, Any]) -> Normalizer:
     """
     with torch.random.fork_rng(devices=[]):
         return build_normalizer(**options)
+
+
+def build_for_attention(options: Mapping[str, Any], num_heads: int) -> Normalizer:
+    """`build_preserving_rng` for attention with `num_heads` heads.
+
+    Raises:
+        ValueError: as there, or the normalizer has scalars for another number of heads.
+    """
+    normalizer = build_preserving_rng(options)
+    heads = getattr(normalizer, "heads", None)
+    if heads not in (None, 1, num_heads):
+        raise ValueError(
+            f"heads={heads} of the attention normalizer does not go with num_heads={num_heads}: "
+            f"use heads={num_heads}, or None for scalars that the heads share"
+        )
+    return normalizer

@@ -14,6 +14,8 @@ from multimax.functional import (
 from multimax.kernels import c_rows
 from multimax.normalizers.modulated import ModulatedSoftMax
 
+LEAST_TEMPERATURE = 1e-30  # scores up to 3e8 stay in fp32 when they are divided by it
+
 
 def softmax(
     scores: Tensor, dim: int = -1, mask: Tensor | None = None, *, temperature: float | Tensor = 1.0
@@ -59,13 +61,18 @@ class SoftMax(ModulatedSoftMax):
     """SoftMax of `scores / temperature`.
 
     Args:
-        temperature: > 0, the temperature, or where it starts when learned.
+        temperature: in [1e-30, 1e30], the temperature, or where it starts when learned.
         learned: train the temperature (stored as its logarithm, so that it stays positive).
     """
 
     def __init__(self, temperature: float = 1.0, learned: bool = False) -> None:
         super().__init__()
         _check_temperature(temperature)
+        if not LEAST_TEMPERATURE <= temperature <= 1 / LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be in [{LEAST_TEMPERATURE:g}, {1 / LEAST_TEMPERATURE:g}], got "
+                f"{temperature}: scores divided by it leave fp32"
+            )
         self.fixed_temperature: float | None = None if learned else float(temperature)
         if learned:
             self.log_temperature: nn.Parameter = nn.Parameter(torch.tensor([math.log(temperature)]))

@@ -1,5 +1,6 @@
 """What the trainer asks of a task; a task knows its data, its model and its loss."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ DataSets = Mapping[str, Callable[..., Any]]
 Sections = Mapping[str, type[Section]]
 
 LARGEST_LOSS = 700  # nats; beyond it the perplexity is no number
+DIVERGED = "training has diverged. Lower optimizer.lr or set trainer.clip_norm"
 
 
 class Task(ABC):
@@ -115,8 +117,11 @@ def check_counted(split: str, counted: float, expected: int, unit: str) -> None:
 
 def check_not_diverged(split: str, loss_per_token: float, *others: float) -> None:
     """Raise FloatingPointError for means, in nats, that have no perplexity."""
-    if not max(loss_per_token, *others) < LARGEST_LOSS:
-        raise FloatingPointError(
-            f"the {split} loss is {loss_per_token:.4g} per token: training has diverged. Lower "
-            "optimizer.lr or set trainer.clip_norm"
-        )
+    if not all(mean < LARGEST_LOSS for mean in (loss_per_token, *others)):
+        raise FloatingPointError(f"the {split} loss is {loss_per_token:.4g} per token: {DIVERGED}")
+
+
+def check_finite(split: str, loss: float) -> None:
+    """Raise FloatingPointError for a loss that is infinite or not a number."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the {split} loss is {loss}: {DIVERGED}")

@@ -22,6 +22,7 @@ from multimax.tasks.base import (
     Task,
     batch_size_per_process,
     check_counted,
+    check_finite,
     describe_model,
 )
 
@@ -120,6 +121,7 @@ class ImageClassification(Task):
             totals += torch.stack([count.double().cpu() for count in counts])
         top1, top5, loss, count = reduce(totals.to(self.device)).tolist()
         check_counted(split, count, self.splits[split], self.unit)
+        check_finite(split, loss / count)
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count}
 
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -18,27 +18,29 @@ from multimax.metrics import NormalizerRecorder
 from multimax.models.output import Output
 from multimax.models.registry import TRANSLATION_MODELS, build_model
 from multimax.models.transformer import TranslationModel
-from multimax.options import Count, NotNegative, Section
+from multimax.options import Section
 from multimax.tasks.base import DataSets, Sections, Task, check_not_diverged, describe_model
 from multimax.tasks.language_modeling import TokenLoss, smoothed_negative_log_likelihood
 
 INSPECTED_SENTENCES = 64  # of an evaluation split
 
+Beam = Annotated[int, Field(ge=1, le=1000)]
+
 
 class Decoding(Section):
     """The options of beam search."""
 
-    beam: Count = Field(
-        description="hypotheses of a sentence, in the translation of the test split"
-    )
-    monitor_beam: Count = Field(description="the same for the valid split, at every evaluation")
-    length_penalty: float = Field(
+    beam: Beam = Field(description="hypotheses of a sentence, in the translation of the test split")
+    monitor_beam: Beam = Field(description="the same for the valid split, at every evaluation")
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = Field(
         description="below 1 favours short translations, above 1 long ones"
     )
-    max_len_a: NotNegative = Field(
+    max_len_a: Annotated[float, Field(ge=0, le=100)] = Field(
         description="longest translation in tokens, for each token of the source; see max_len_b"
     )
-    max_len_b: Count = Field(description="tokens that are added to max_len_a times the source")
+    max_len_b: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        description="tokens that are added to max_len_a times the source"
+    )
 
 
 class Translation(Task):
@@ -80,10 +82,20 @@ class Translation(Task):
         self.data: PairData = build_pair_source(**config.data.given()).load()
         model = build_translation_model(config, self.data.languages)
         self.model: TranslationModel = model  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._check_beams()
         self.open_loaders(self.data, config, rank, world_size, device)
         self.label_smoothing: float = config.loss.label_smoothing
         self.fingerprint: str = self.data.languages.fingerprint
         self.notes = {"left_out": self.data.left_out}
+
+    def _check_beams(self) -> None:
+        words = self.data.languages.target_vocabulary.size
+        for name in ("beam", "monitor_beam"):
+            beam = getattr(self.decoding, name)
+            if beam >= words:
+                raise ValueError(
+                    f"decoding.{name}={beam} must be less than {words}, the number of target words"
+                )
 
     def describe(self) -> dict[str, str]:
         data, languages = self.data, self.data.languages

@@ -17,10 +17,29 @@ from omegaconf import DictConfig, OmegaConf
 from multimax.options import as_typed, describe_field, leaves
 from multimax.training.config import read_config
 
+LENGTHS = ("epochs", "updates")
+
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
     """The settings among the arguments of the command line, without Hydra's own flags."""
     return [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+
+
+def complete_length(arguments: Sequence[str]) -> list[str]:
+    """The arguments, so that one of `trainer.epochs` and `trainer.updates` is enough.
+
+    Whichever is given replaces what recipes and experiments say: the other one becomes null. If
+    both are given, nothing is changed.
+    """
+    given = {
+        name: value
+        for key, _, value in (argument.lstrip("+").partition("=") for argument in arguments)
+        if (name := key.removeprefix("trainer.")) in LENGTHS and key != name
+    }
+    if len(given) != 1 or "null" in given.values():
+        return list(arguments)
+    (other,) = set(LENGTHS) - set(given)
+    return [*arguments, f"trainer.{other}=null"]
 
 
 def describe_settings(config: DictConfig) -> str:
@@ -68,12 +87,22 @@ def _explain(overrides: list[str], config_name: str) -> str | None:
         return None
     except HydraException as error:
         message = str(error)
+    except (ValueError, TypeError) as error:  # a group that is not chosen by a name
+        return _explain_groups(overrides) or str(error)
     unknown = re.search(r"Could not override '([^']+)'", message)
     if not unknown:
         return message.split("Config search path")[0].strip()
     key = unknown.group(1)
-    groups = [str(p.input_line) for p in _parse(overrides) if _chooses_group(p)]
-    known = sorted(set(_keys(compose(config_name, overrides=groups))))
+    chosen = [p for p in _parse(overrides) if _chooses_group(p) and isinstance(p.value(), str)]
+    groups = [str(p.input_line) for p in chosen]
+    composed = compose(config_name, overrides=groups)
+    if key in _declared(composed):
+        return f"{key} is not in the configuration files: to add it, type +{key}=... with a plus"
+    known = sorted(set(_keys(composed)))
+    if key in known:
+        return (
+            f"{key} cannot be replaced as a whole: choose {key}=NAME, and type {key}.SETTING=VALUE"
+        )
     close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     section = key.rsplit(".", 1)[0] + "." if "." in key else ""
     siblings = [k for k in known if k.startswith(section) and "." not in k[len(section) :]]
@@ -82,6 +111,25 @@ def _explain(overrides: list[str], config_name: str) -> str | None:
         lines.append(f"did you mean: {', '.join(close)}")
     lines.append(f"settings there: {', '.join(siblings) or ', '.join(known)}")
     return "\n".join(lines)
+
+
+def _explain_groups(overrides: list[str]) -> str | None:
+    loader = GlobalHydra.instance().config_loader()
+    for override in _parse(overrides):
+        group, value = override.key_or_group, override.value()
+        names = value if isinstance(value, list) else [value]
+        if group in loader.list_groups("") and not all(isinstance(name, str) for name in names):
+            options = loader.get_group_options(group) or [f"the files in configs/{group}"]
+            return f"{override.input_line} must be one of: {', '.join(options)}"
+    return None
+
+
+def _declared(config: DictConfig) -> set[str]:
+    """Names of all settings; of a configuration that is not complete, none."""
+    try:
+        return {name for name, _, _ in leaves(read_config(config))}
+    except ValueError:
+        return set()
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, create_model, model_validator
 
 from multimax.files import digest
-from multimax.normalizers import NORMALIZERS, build_preserving_rng
+from multimax.normalizers import NORMALIZERS
 from multimax.options import (
     Count,
     NotNegative,
@@ -31,6 +31,7 @@ from multimax.options import (
 from multimax.registry import look_up
 from multimax.tasks import TASKS
 from multimax.tasks.base import Task
+from multimax.training.checks import check_settings
 from multimax.training.schedules import SCHEDULES
 
 # What changes nothing in the numbers of a run, so that it does not change its folder.
@@ -68,7 +69,10 @@ class ScaleSection(Section):
 class TrainerSection(Section):
     """Length, batches and precision of the training."""
 
-    epochs: Count | None = Field(description="length in passes over the data; null: see updates")
+    epochs: Count | None = Field(
+        description="length in passes over the data; null: see updates. On the command line, one "
+        "of the two is enough, and replaces the other"
+    )
     updates: Count | None = Field(description="length in optimizer updates; null: see epochs")
     batch_size: Count = Field(
         description="of one update, over all processes and accumulated batches, in images, blocks "
@@ -123,7 +127,7 @@ class ScheduleSection(Section):
     period_growth: Annotated[float, Field(ge=1)] | None = Field(
         None, description="of cosine_restarts: length of a period by that of the one before"
     )
-    shrink: Positive | None = Field(
+    shrink: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="of cosine_restarts: rates of a period by those of the one before"
     )
 
@@ -189,12 +193,7 @@ def read_config(content: Any) -> Config:
         _look_up(plain, section, kind, table)
     names = [plain[section]["name"] for section in tables]
     config = validate(config_class(task, *names), plain)
-    for section in ("attention", "output"):
-        try:
-            build_preserving_rng(getattr(config, section).given())
-        except ValueError as error:
-            raise ValueError(f"{section}.{error}") from None
-    _check_length(config)
+    check_settings(config)
     return config
 
 
@@ -260,24 +259,6 @@ def _check_task(task: str, section: str, name: str) -> None:
             f"{section}.name={name} goes with task={owner}, not with task={task}, which takes "
             f"{', '.join(getattr(TASKS[task], attribute))}: choose {section}=, or recipe=, of one "
             "task"
-        )
-
-
-def _check_length(config: Config) -> None:
-    trainer, schedule = config.trainer, config.schedule
-    if (trainer.epochs is None) == (trainer.updates is None):
-        raise ValueError(
-            f"trainer.epochs={as_typed(trainer.epochs)} and "
-            f"trainer.updates={as_typed(trainer.updates)}: give one of them and set the other to "
-            "null"
-        )
-    length = trainer.epochs or trainer.updates or 0
-    # The warm-up of the other schedules is in updates, which only the data makes epochs of.
-    known = schedule.name == "cosine" or trainer.updates is not None
-    if known and schedule.warmup >= length:
-        raise ValueError(
-            f"schedule.warmup={schedule.warmup} leaves nothing of "
-            f"trainer.{'epochs' if trainer.epochs else 'updates'}={length}: use fewer than {length}"
         )
 
 

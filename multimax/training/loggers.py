@@ -36,6 +36,9 @@ class Logger(Protocol):
     def finish(self, summary: dict[str, float]) -> None:
         """Record the final metrics and close."""
 
+    def abort(self) -> None:
+        """Close without a result: the run failed, or was asked to stop."""
+
 
 class JsonLinesLogger:
     """`metrics.jsonl` in the run folder, one object a line; always on."""
@@ -63,6 +66,9 @@ class JsonLinesLogger:
             stream.write(json.dumps({"update": update, **finite}) + "\n")
 
     def finish(self, summary: dict[str, float]) -> None:
+        pass
+
+    def abort(self) -> None:
         pass
 
 
@@ -113,6 +119,16 @@ class WandbLogger:
                 self.run.finish()
             except Exception as error:
                 self._give_up(error)
+            self.run = None
+
+    def abort(self) -> None:
+        # Left open, it would take in the next run of this process.
+        if self.run is not None:
+            try:
+                self.run.finish(exit_code=1)
+            except Exception as error:
+                self._give_up(error)
+            self.run = None
 
     def _give_up(self, error: Exception) -> None:
         self.run: Any = None

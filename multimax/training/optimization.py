@@ -1,11 +1,12 @@
 """Optimizer, learning-rate schedule and gradient clipping of a run."""
 
+import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
@@ -24,11 +25,20 @@ def build_optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
         key: tuple(value) if key == "betas" else value for key, value in given.items()
     }
     del options["name"]
+    if "adahessian" in config.name.lower():
+        raise ValueError(
+            f"optimizer.name={config.name!r} needs second derivatives, which training does not keep"
+        )
     try:
         return create_optimizer_v2(model, opt=config.name, **options)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # each optimizer of timm has its own
+        close = difflib.get_close_matches(config.name, list_optimizers(), n=1)
+        suggestion = f", did you mean {close[0]}?" if close and close[0] != config.name else ""
+        betas = "optimizer.betas=null for its own, " if "betas" in options else ""
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise ValueError(
-            f"optimizer.name={config.name!r}: {error}; timm.optim.list_optimizers() has the names"
+            f"optimizer.name={config.name!r} cannot be built with these options ({reason})"
+            f"{suggestion}: try {betas}or another name of timm.optim.list_optimizers()"
         ) from error
 
 

@@ -3,8 +3,10 @@
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -87,6 +89,54 @@ def learned_scalars(model: nn.Module) -> dict[str, list[float]]:
     }
 
 
+def named_scalars(learned: Mapping[str, list[float]]) -> dict[str, dict[str, list[float]]]:
+    """Learned scalars by layer, as the papers name them.
+
+    Args:
+        learned: of `learned_scalars`.
+
+    Returns:
+        Of MultiMax t_b, t_d, b and d, each with a value for every order; of SoftMax temperature; of
+        entmax alpha, with a value for every head that has its own; other scalars as they are.
+    """
+    named: dict[str, dict[str, list[float]]] = {}
+    for parameter, values in learned.items():
+        path, _, name = parameter.rpartition(".")
+        layer = named.setdefault(path.removesuffix("normalizer").rstrip("."), {})
+        v = torch.tensor(values, dtype=torch.float64)
+        as_named = {
+            "ts": lambda v: {"t_b": 1 - v[0::2], "t_d": 1 + v[1::2]},
+            "ranges": lambda v: {"b": v[0::2], "d": v[1::2]},
+            "log_temperature": lambda v: {"temperature": v.exp()},
+            "alpha_logit": lambda v: {"alpha": 1 + v.sigmoid()},
+        }.get(name, lambda v, name=name: {name: v})
+        layer |= {key: found.tolist() for key, found in as_named(v).items()}
+    return named
+
+
+def flat_summary(result: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics, learned scalars and measures of the normalizers under one level of names.
+
+    Such as "test/top1", "learned/blocks.0.attn/t_b_1" (of order 1) and
+    "normalizers/blocks.0.attn/sparsity".
+    """
+    flat = {
+        f"{split}/{name}": value
+        for split, row in result["metrics"].items()
+        for name, value in row.items()
+    }
+    for layer, scalars in named_scalars(result["learned_scalars"]).items():
+        for name, values in scalars.items():
+            for number, value in enumerate(values, 1):
+                end = f"_{number}" if len(values) > 1 else ""
+                flat[f"learned/{layer or 'model'}/{name}{end}"] = value
+    for name, row in result["normalizers"].items():
+        measures = {key: row.get(key) for key in COLUMNS}
+        layer = name.removesuffix(".normalizer")
+        flat |= {f"normalizers/{layer}/{k}": v for k, v in measures.items() if v is not None}
+    return flat
+
+
 def now() -> str:
     """The current time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -105,6 +155,7 @@ def print_result(console: Console, result: dict[str, Any], folder: Path) -> None
         table.add_row(name, *(f"{result['metrics'][split][name]:.4g}" for split in splits))
     console.print(table)
     _print_normalizers(console, result["normalizers"])
+    _print_learned(console, named_scalars(result["learned_scalars"]))
     console.print(
         f"{result['updates']} updates in {result['training_seconds']:.0f} s of training, "
         f"peak memory {result['peak_memory_mib']['host']:.0f} MiB",
@@ -113,6 +164,20 @@ def print_result(console: Console, result: dict[str, Any], folder: Path) -> None
     for name in ("result.json", "metrics.jsonl", "best.pt", "last.pt"):
         if (folder / name).exists():
             console.print(f"  {folder / name}", highlight=False, soft_wrap=True, markup=False)
+    if not_uploaded := offline_runs(folder):
+        console.print(
+            "Weights & Biases has it offline only; to upload it, log in and type\n"
+            f"  wandb sync {shlex.join(map(str, not_uploaded))}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+
+
+def offline_runs(folder: Path) -> list[Path]:
+    """Folders of what Weights & Biases wrote offline below a run folder and has not uploaded."""
+    runs = sorted((folder / "wandb").glob("offline-run-*"))
+    return [run for run in runs if not list(run.glob("*.synced"))]
 
 
 def _print_normalizers(console: Console, normalizers: dict[str, dict[str, float]]) -> None:
@@ -133,4 +198,23 @@ def _print_normalizers(console: Console, normalizers: dict[str, dict[str, float]
             name.removesuffix(".normalizer"),
             *("" if cell is None else f"{cell:.3f}" for cell in cells),
         )
+    console.print(table)
+
+
+def _print_learned(console: Console, layers: dict[str, dict[str, list[float]]]) -> None:
+    if not layers:
+        return
+    names = list(dict.fromkeys(name for scalars in layers.values() for name in scalars))
+    table = Table(
+        title="learned scalars",
+        caption="several values are of order 1, 2, ... (MultiMax) or of head 1, 2, ... (entmax)",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("layer", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right")
+    for layer, scalars in layers.items():
+        values = (scalars.get(name, []) for name in names)
+        table.add_row(layer, *(", ".join(f"{v:.3f}" for v in found) for found in values))
     console.print(table)

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,17 @@ from multimax.training.config import (
 )
 from multimax.training.loggers import JsonLinesLogger, Logger, ProgressDisplay, WandbLogger
 from multimax.training.random_state import seed_everything
-from multimax.training.result import SCHEMA, environment, learned_scalars, now, print_result
+from multimax.training.result import (
+    SCHEMA,
+    environment,
+    flat_summary,
+    learned_scalars,
+    now,
+    print_result,
+)
 from multimax.training.trainer import Trainer
 
+NOTHING = (".lock", "config.yaml", "wandb_id")  # what alone makes no run
 INITIALIZATION = 2**32 - 1  # the "epoch" whose random stream draws the initial weights
 
 
@@ -57,7 +67,7 @@ def run(config: Any, console: Console | None = None) -> dict[str, Any]:
         if not accelerator.is_main_process:
             accelerator.wait_for_everyone()
             return _run(config, accelerator, folder, Console(quiet=True))
-        with locked(folder):
+        with locked(folder), _left_only_if_used(folder):
             if config.resume == "never":
                 _set_aside(folder)
             accelerator.wait_for_everyone()
@@ -95,22 +105,43 @@ def _run(
         config, accelerator.process_index, accelerator.num_processes, accelerator.device
     )
     _describe(console, config, accelerator, task, folder)
-    display, loggers = None, []
-    if accelerator.is_main_process:
-        _save_config(config, folder)
-        loggers = _loggers(config, folder)
-        display = ProgressDisplay(console, task.unit)
-    trainer = Trainer(task, config, folder, accelerator, loggers, display)
+    display = ProgressDisplay(console, task.unit) if accelerator.is_main_process else None
+    trainer = Trainer(task, config, folder, accelerator, [], display)
     checkpoint = _checkpoint_to_resume(config, trainer)
     if checkpoint:
         trainer.resume(checkpoint)
         line = f"resuming from {checkpoint} at update {trainer.position.update}"
         console.print(line, highlight=False, soft_wrap=True, markup=False)
-    else:
-        for logger in loggers:
-            logger.resume(0)
-    trainer.fit()
-    return _finish(config, trainer, loggers, folder, console)
+    if accelerator.is_main_process:
+        _save_config(config, folder)
+        trainer.loggers = _loggers(config, folder)
+    try:
+        for logger in trainer.loggers:
+            logger.resume(trainer.position.update)
+        trainer.fit()
+        return _finish(config, trainer, trainer.loggers, folder, console)
+    except BaseException:
+        for logger in trainer.loggers:
+            logger.abort()
+        raise
+
+
+@contextmanager
+def _left_only_if_used(folder: Path) -> Iterator[None]:
+    """Take the folder of a run that fails away, if there is nothing in it to go on from or read."""
+    try:
+        yield
+    except BaseException:
+        files = list(folder.iterdir())
+        if all(file.name in NOTHING or _is_empty_file(file) for file in files):
+            for file in files:
+                file.unlink()
+            folder.rmdir()
+        raise
+
+
+def _is_empty_file(path: Path) -> bool:
+    return path.is_file() and not path.stat().st_size
 
 
 def _finish(
@@ -147,9 +178,7 @@ def _finish(
     if trainer.accelerator.is_main_process:
         write_json(folder / "result.json", result)
     for logger in loggers:
-        logger.finish(
-            {f"{split}/{name}": v for split, row in metrics.items() for name, v in row.items()}
-        )
+        logger.finish(flat_summary(result))
     print_result(console, result, folder)
     trainer.accelerator.wait_for_everyone()
     return result

@@ -64,6 +64,11 @@ class Trainer:
                 f"trainer.accumulation={self.accumulation} needs as many batches, of which there "
                 f"are {len(task.train_loader)}; use a smaller trainer.batch_size"
             )
+        if options.report == "best" and self.monitored_split not in task.splits:
+            raise ValueError(
+                f"trainer.report=best needs a split {self.monitored_split!r}, of which the data "
+                "has none: use trainer.report=last"
+            )
         self.updates_per_unit: int = self.updates_per_epoch if options.epochs else 1
         length = options.epochs or options.updates or 0
         self.total_updates: int = length * self.updates_per_unit
@@ -81,6 +86,11 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self._saved_random_state: dict[str, Any] | None = None
         self._stop = StopSignal()
+
+    @property
+    def monitored_split(self) -> str:
+        """The split of the task's monitored metric; without it there is no best checkpoint."""
+        return self.task.monitor.partition("/")[0]
 
     @property
     def last_checkpoint(self) -> Path:
@@ -202,8 +212,13 @@ class Trainer:
             raise InterruptedRunError(f"stopped by a signal after update {position.update}")
 
     def evaluate_and_keep_best(self) -> None:
-        """Evaluate on the split of the task's monitored metric and keep the weights if best."""
-        split = self.task.monitor.split("/")[0]
+        """Evaluate on the split of the task's monitored metric and keep the weights if best.
+
+        Does nothing without that split.
+        """
+        split = self.monitored_split
+        if split not in self.task.splits:
+            return
         metrics = self.evaluate(split)
         self.log({f"{split}/{name}": value for name, value in metrics.items()})
         value = metrics[self.task.monitor.split("/")[1]]

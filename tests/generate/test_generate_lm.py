@@ -154,6 +154,20 @@ def test_text_is_printed_as_it_is_sampled(trained, monkeypatch):
     assert seen == ["ax", "axy", "axyz"]
 
 
+def test_ctrl_c_ends_quietly(trained, monkeypatch, capsys):
+    _, vocabulary = generate_lm.load(trained)
+
+    def sample(*_, **__):
+        yield from vocabulary.encode("xyz")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_lm, "sample", sample)
+    with pytest.raises(SystemExit, match="130"):
+        main(["lm", str(trained), "a"])
+    out, err = capsys.readouterr()
+    assert (out, err) == ("axyz\n", "")
+
+
 def test_checkpoints_of_a_run(trained, capsys):
     last = said(capsys, trained / "last.pt", "the", "--tokens", 9)
     assert said(capsys, trained, "the", "--tokens", 9) == last
@@ -257,6 +271,9 @@ def test_missing_or_damaged_files(trained, tmp_path):
     [
         (["a", "--tokens", "0"], "--tokens must be >= 1, got 0"),
         (["a", "--temperature", "0"], "temperature must be a finite number > 0"),
+        (["a", "--temperature", "inf"], "temperature must be a finite number > 0, got inf"),
+        (["a", "--temperature", "nan"], "temperature must be a finite number > 0, got nan"),
+        (["a", "--top-p", "nan"], "top_p must be in"),
         (["a", "--top-k", "0"], "top_k must be >= 1"),
         (["a", "--top-p", "1.5"], "top_p must be in"),
         (["caf\udce9"], "is not UTF-8"),

@@ -209,11 +209,27 @@ class TestBadInput:
         self.refused(generate, "was trained for language_modeling: .*mt_", checkpoint=folder)
 
     def test_a_beam_of_no_hypotheses(self, generate):
-        self.refused(generate, r"decoding\.beam=0 must be a whole number >= 1", "--beam", "0")
+        self.refused(generate, r"decoding\.beam=0 must be a whole number in", "--beam", "0")
 
     def test_a_line_in_another_encoding(self, generate):
         content = "gut\nÄhnlich\n".encode("latin1")
         self.refused(generate, r"line 2 is not UTF-8 .*iconv", content=content)
+
+    def test_good_lines_before_a_bad_one(self, trained, pairs, monkeypatch, capsys):
+        good = lines(pairs[:3], 0)
+        monkeypatch.setattr(sys, "stdin", Input(good.encode()))
+        main(["mt", str(trained)])
+        expected = capsys.readouterr().out
+        monkeypatch.setattr(sys, "stdin", Input(good.encode() + b"\xff\xfe\nHallo\n"))
+        with pytest.raises(SystemExit, match=r"error: line 4 is not UTF-8"):
+            main(["mt", str(trained)])
+        assert capsys.readouterr().out == expected
+        assert expected.count("\n") == 3
+
+    def test_a_length_penalty_that_is_no_number(self, generate):
+        for value in ("nan", "inf"):
+            message = rf"decoding\.length_penalty={value} must be a finite number in \[-10, 10\]"
+            self.refused(generate, message, "--length-penalty", value)
 
     def test_a_picture_of_an_unknown_format(self, generate, tmp_path):
         self.refused(generate, "(?i)format", "--attention", str(tmp_path / "picture.docx"))

@@ -70,9 +70,9 @@ def test_initialization():
         (dict(attention={"name": "softmix"}), "unknown normalizer 'softmix'; known: softmax"),
         (dict(output={"name": "topk", "q": 3}), "no option q"),
         (dict(num_heads=3), "num_heads=3 does not divide embed_dim=16: use embed_dim=18"),
-        (dict(embed_dim=2, num_heads=1), "embed_dim=2 must be a whole number >= 4"),
-        (dict(depth=0), "depth=0 must be a whole number >= 1"),
-        (dict(ffn_dim=2.5), "ffn_dim=2.5 must be a whole number >= 1"),
+        (dict(embed_dim=2, num_heads=1), r"embed_dim=2 must be a whole number in \[4, "),
+        (dict(depth=0), r"depth=0 must be a whole number in \[1, 1000\]"),
+        (dict(ffn_dim=2.5), r"ffn_dim=2.5 must be a whole number in \[1, "),
         (dict(dropout=1.0), r"dropout=1.0 must be a number in \[0, 1\)"),
         (dict(attention_dropout=-0.1), "attention_dropout=-0.1 must be a number in"),
         (

@@ -263,11 +263,11 @@ def test_a_run_has_its_signatures_and_counts_in_its_result(build, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "remedy"),
     [
-        ("beam", 0, "a whole number >= 1"),
-        ("monitor_beam", "true", "a whole number >= 1"),
+        ("beam", 0, r"a whole number in \[1, 1000\]"),
+        ("monitor_beam", "true", r"a whole number in \[1, 1000\]"),
         ("length_penalty", "long", "a number"),
-        ("max_len_a", -1, "a number >= 0"),
-        ("max_len_b", 2.5, "a whole number >= 1"),
+        ("max_len_a", -1, r"a number in \[0, 100\]"),
+        ("max_len_b", 2.5, r"a whole number in \[1, 10000\]"),
     ],
 )
 def test_bad_decoding_options(build, field, value, remedy):

@@ -11,6 +11,8 @@ from rich.console import Console
 from tiny import only, run_quietly, tiny_config
 
 from multimax.training.loggers import JsonLinesLogger, ProgressDisplay, WandbLogger
+from multimax.training.result import offline_runs
+from multimax.training.run import run
 
 
 def break_import(monkeypatch):
@@ -53,7 +55,7 @@ def test_broken_wandb_costs_no_run_and_is_said_once(tmp_path, monkeypatch, caplo
     if broken == "import":
         break_import(monkeypatch)
     else:
-        run = fake_wandb(monkeypatch, broken)
+        fake = fake_wandb(monkeypatch, broken)
     result = run_quietly(tiny_config(tmp_path, "logger.wandb=online"))
     assert result["updates"] == 4
     warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
@@ -62,27 +64,38 @@ def test_broken_wandb_costs_no_run_and_is_said_once(tmp_path, monkeypatch, caplo
     assert "logger.wandb=disabled" in said
     if broken != "import":
         assert f"{broken} is broken)" in said
-        names = [name for name, *_ in run.calls]
+        names = [name for name, *_ in fake.calls]
         assert names.count(broken) == (broken != "init")
 
 
 def test_what_wandb_gets(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("WANDB_MODE", raising=False)  # a setting of whoever runs the tests
-    run = fake_wandb(monkeypatch, "nothing")
+    fake = fake_wandb(monkeypatch, "nothing")
     config = tiny_config(tmp_path, "logger.wandb=auto", "tags=[table1,cell]")
     result = run_quietly(config)
     folder = only(tmp_path, "result.json").parent
-    options = run.options
+    options = fake.options
     assert (options["project"], options["mode"]) == ("multimax", "online")
     assert (options["group"], options["name"]) == ("deit_multimax", folder.name)
     assert (options["tags"], options["dir"]) == (["table1", "cell"], folder)
     assert options["config"] == result["config"]
     assert options["id"] == (folder / "wandb_id").read_text()
-    logged = [metrics for name, metrics in (c for c in run.calls if len(c) == 2) if name == "log"]
+    logged = [metrics for name, metrics in (c for c in fake.calls if len(c) == 2) if name == "log"]
     assert logged == [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    assert run.summary["test/top1"] == result["metrics"]["test"]["top1"]
-    assert run.calls[0] == ("define_metric", "*")
-    assert run.calls[-1] == ("finish",)
+    assert fake.summary["test/top1"] == result["metrics"]["test"]["top1"]
+    ts, ranges = (
+        result["learned_scalars"][f"blocks.0.attn.normalizer.{n}"] for n in ("ts", "ranges")
+    )
+    learned = {
+        name: fake.summary[f"learned/blocks.0.attn/{name}"] for name in ("t_b_2", "t_d_1", "d_2")
+    }
+    assert learned == {"t_b_2": 1 - ts[2], "t_d_1": 1 + ts[1], "d_2": ranges[3]}
+    for measure in ("sparsity", "multi_modality"):
+        row = result["normalizers"]["blocks.0.attn.normalizer"]
+        assert fake.summary[f"normalizers/blocks.0.attn/{measure}"] == row[measure]
+        assert f"normalizers/output/{measure}" in fake.summary
+    assert fake.calls[0] == ("define_metric", "*")
+    assert fake.calls[-1] == ("finish",)
     assert not caplog.records
 
 
@@ -101,9 +114,9 @@ def test_wandb_mode(tmp_path, monkeypatch, mode, environment, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    run = fake_wandb(monkeypatch, None)
+    fake = fake_wandb(monkeypatch, None)
     WandbLogger(mode, tmp_path, {})
-    assert run.options["mode"] == expected
+    assert fake.options["mode"] == expected
 
 
 def test_disabled_wandb_is_not_touched(tmp_path, monkeypatch, caplog):
@@ -114,18 +127,32 @@ def test_disabled_wandb_is_not_touched(tmp_path, monkeypatch, caplog):
     assert not caplog.records
 
 
+def test_a_run_that_fails_is_closed(tmp_path, monkeypatch):
+    fake = fake_wandb(monkeypatch, None)
+    logger = WandbLogger("online", tmp_path, {})
+    logger.abort()
+    logger.abort()
+    logger.log(1, {"train/loss": 1.0})
+    assert [name for name, *_ in fake.calls] == ["define_metric", "finish"]
+
+
 @pytest.mark.slow
 def test_real_wandb_offline(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
-    run_quietly(tiny_config(tmp_path, "logger.wandb=offline", "trainer.updates=2"))
+    said = io.StringIO()
+    run(tiny_config(tmp_path, "logger.wandb=offline", "trainer.updates=2"), Console(file=said))
     folder = only(tmp_path, "result.json").parent
     (record,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     assert (folder / "wandb_id").read_text() in record.name
     deadline = time.monotonic() + 60  # W&B writes from a process of its own
     while b"test/top1" not in record.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.2)
+    assert f"to upload it, log in and type\n  wandb sync {record.parent}\n" in said.getvalue()
+    assert offline_runs(folder) == [record.parent]
+    record.with_suffix(".wandb.synced").touch()
+    assert offline_runs(folder) == []
     assert b"train/loss" in record.read_bytes()
     assert b"test/top1" in record.read_bytes()
     assert not [r for r in caplog.records if r.name.startswith("multimax")]

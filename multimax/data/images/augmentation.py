@@ -2,12 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Generator, Tensor
 
-from multimax.options import Probability, Whole, section_of, validate
+from multimax.options import Probability, section_of, validate
+
+Padding = Annotated[int, Field(ge=0, le=1000)]
 
 ERASING_ATTEMPTS = 10  # timm's number of rectangles tried
 
@@ -25,7 +29,7 @@ class Augmentation:
         ValueError: a value is out of range.
     """
 
-    crop_padding: Whole = 2
+    crop_padding: Padding = 2
     horizontal_flip: Probability = 0.5
     random_erasing: Probability = 0.0
 

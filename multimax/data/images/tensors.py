@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multimax.data.images.augmentation import Augmentation, normalize
+from multimax.data.images.augmentation import Augmentation, Padding, normalize
 from multimax.data.images.base import Batch, ImageData
 from multimax.data.loading import (
     EvalLoader,
@@ -111,7 +111,7 @@ def _on(device: torch.device, data: TensorImageData, split: str) -> tuple[Tensor
 @checked
 def fashion_mnist_subset(
     valid_size: Whole = 1000,
-    crop_padding: Whole = 2,
+    crop_padding: Padding = 2,
     horizontal_flip: Probability = 0.5,
     random_erasing: Probability = 0.0,
 ) -> ImageData:
@@ -119,7 +119,8 @@ def fashion_mnist_subset(
 
     Args:
         valid_size: how many training images are held out as the split "valid", an equal share of
-            each class; always the same ones. 0 leaves the split out.
+            each class; always the same ones. 0 leaves the split out: nothing is evaluated before
+            the end, and the result is that of the last weights.
         crop_padding, horizontal_flip, random_erasing: as in `Augmentation`.
 
     Raises:
@@ -141,7 +142,7 @@ def fashion_mnist(
     root: str | Path | None = None,
     class_names: Sequence[str] = FASHION_MNIST_CLASSES,
     valid_size: Whole = 1000,
-    crop_padding: Whole = 2,
+    crop_padding: Padding = 2,
     horizontal_flip: Probability = 0.5,
     random_erasing: Probability = 0.0,
 ) -> ImageData:

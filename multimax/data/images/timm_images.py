@@ -2,8 +2,9 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field
 from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
 from timm.data.transforms_factory import create_transform
@@ -11,7 +12,7 @@ from timm.data.transforms_factory import create_transform
 from multimax.data.images.base import ImageData
 from multimax.data.images.files import FileImageData
 from multimax.data.images.streams import StreamImageData
-from multimax.options import Count, NotNegative, Probability, Whole, checked
+from multimax.options import Count, NotNegative, Probability, checked
 
 EVAL_CROP = 0.875  # of the shorter side: 224 pixels out of 256
 _PACKAGES = {"wds": "webdataset", "hfds": "datasets", "hfids": "datasets"}
@@ -26,6 +27,23 @@ _FOLDERS = (
 )
 
 
+def _check_policy(policy: str) -> str:
+    try:
+        create_transform(32, is_training=True, auto_augment=policy)
+    except Exception as error:  # timm asserts, and reads numbers
+        raise ValueError(
+            f"{error}; a policy of timm begins with rand, augmix, original, originalr, v0, v0r or "
+            "3a, as in rand-m9-mstd0.5-inc1; null is none"
+        ) from error
+    return policy
+
+
+Policy = Annotated[str, AfterValidator(_check_policy)]
+ImageSize = Annotated[int, Field(ge=1, le=16_384)]
+Repeats = Annotated[int, Field(ge=1, le=100)]
+Workers = Annotated[int, Field(ge=0, le=1024)]
+
+
 @checked
 def timm_images(
     root: str | Path | None = None,
@@ -34,12 +52,12 @@ def timm_images(
     title: str | None = None,
     train_split: str = "train",
     valid_split: str = "val",
-    image_size: Count = 224,
-    auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+    image_size: ImageSize = 224,
+    auto_augment: Policy | None = "rand-m9-mstd0.5-inc1",
     color_jitter: NotNegative = 0.3,
     random_erasing: Probability = 0.25,
-    repeated_augmentation: Count = 3,
-    num_workers: Whole = 8,
+    repeated_augmentation: Repeats = 3,
+    num_workers: Workers = 8,
 ) -> ImageData:
     """An image data set that timm reads, with the augmentation of DeiT.
 

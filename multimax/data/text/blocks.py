@@ -119,7 +119,8 @@ class BlockLoader(TrainLoader):
         self.device: torch.device = device
         self.seed: int = seed
         self.blocks: int = -(-data.sizes["train"] // data.block_size)
-        self.length: int = batches_per_epoch(data.name, self.blocks, batch_size, world_size)
+        name = f"{data.name} in blocks of data.block_size={data.block_size}"
+        self.length: int = batches_per_epoch(name, self.blocks, batch_size, world_size)
 
     def __len__(self) -> int:
         return self.length

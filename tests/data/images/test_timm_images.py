@@ -261,9 +261,12 @@ def test_classes_are_checked(folder, tmp_path):
     [
         (dict(dataset="wds/imagenet"), "is a stream"),
         (dict(random_erasing=1.5), "random_erasing=1.5 must be a number in"),
-        (dict(repeated_augmentation=0), "repeated_augmentation=0 must be a whole number >= 1"),
-        (dict(num_workers=-1), "num_workers=-1 must be a whole number >= 0"),
-        (dict(image_size=22.4), "image_size=22.4 must be a whole number >= 1"),
+        (
+            dict(repeated_augmentation=0),
+            r"repeated_augmentation=0 must be a whole number in \[1, 100\]",
+        ),
+        (dict(num_workers=-1), r"num_workers=-1 must be a whole number in \[0, 1024\]"),
+        (dict(image_size=22.4), r"image_size=22.4 must be a whole number in \[1, 16384\]"),
         (dict(workers=1), "no option workers; it has: root, dataset, num_classes"),
     ],
 )

@@ -121,7 +121,10 @@ def test_splits_that_are_too_small(options, problem):
         ({"block_size": 2.5}, "block_size=2.5 must be a whole number >= 1"),
         ({"context_window": -1}, "context_window=-1 must be a whole number >= 0"),
         ({"context_window": 10}, "context_window=10 must be less than data.block_size=10"),
-        ({"vocabulary_size": 257}, "vocabulary_size=257 must be a whole number >= 258"),
+        (
+            {"vocabulary_size": 257},
+            r"vocabulary_size=257 must be a whole number in \[258, 1000000\]",
+        ),
         ({"vocabulary_size": None}, "vocabulary_size=null must be"),
         ({"cache": 3}, "cache=3 must be text or null"),
     ],

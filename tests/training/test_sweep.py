@@ -1,0 +1,150 @@
+"""Sweeps: what one job does not do to the others, and what is said at the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from tiny import PLAIN, ROOT, only, run_quietly
+
+from multimax.training.sweep import Job, summary
+
+SOFTMAX = ["experiment=deit_softmax", *PLAIN, "trainer.updates=2"]
+# W&B without its service: what it is told, a line each.
+FAKE_WANDB = """
+import pathlib, types
+said = pathlib.Path({said!r})
+open_run = None
+class Settings:
+    def __init__(self, **_): pass
+class Run:
+    def __init__(self, id): self.id, self.summary = id, {{}}
+    def define_metric(self, *_, **__): pass
+    def log(self, metrics):
+        with said.open("a") as stream: print("log", self.id, file=stream)
+    def finish(self, exit_code=0):
+        global open_run
+        open_run = None
+        with said.open("a") as stream: print("finish", self.id, exit_code, file=stream)
+def login(**_): return True
+def init(id, **_):
+    global open_run
+    open_run = open_run or Run(id)  # as W&B does: a run that is open takes in the next one
+    with said.open("a") as stream: print("init", id, open_run.id, file=stream)
+    return open_run
+"""
+
+
+def sweep(folder, *arguments):
+    """The exit code, what was printed on both streams, and the recorded jobs."""
+    done = subprocess.run(
+        [sys.executable, "train.py", "-m", *SOFTMAX, f"output_dir={folder}", *arguments],
+        cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    record = sorted(folder.glob("sweeps/*/jobs.jsonl"))[-1]
+    jobs = [Job(**json.loads(line)) for line in record.read_text().splitlines()]
+    return done.returncode, done.stdout, done.stderr, jobs
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_ends_no_other(tmp_path):
+    """The examples: a bad value, a diverging rate, and a folder that does not exist."""
+    code, said, errors, jobs = sweep(
+        tmp_path, "attention.temperature=1,-1", "optimizer.lr=1e-3,1e30,2e-3"
+    )
+    assert code == 1
+    assert [job.state for job in jobs] == ["finished", "failed", "finished", *["failed"] * 3]
+    assert "Lower optimizer.lr" in jobs[1].said
+    assert errors.count("error: attention.temperature must be a finite number > 0") == 3
+    assert "Traceback" not in errors
+    *_, title, first, _, _, fourth, _, _ = said.splitlines()
+    assert title == "sweep of 6 jobs: 2 finished, 4 failed"
+    assert first.split()[:4] == [
+        "attention.temperature=1",
+        "optimizer.lr=0.001",
+        "finished",
+        "test",
+    ]
+    assert first.endswith(jobs[0].folder)
+    assert fourth.split()[2:4] == ["failed", "attention.temperature"]
+    # The diverged run has a history to read; the refused ones leave nothing.
+    kept = {job.folder for job in jobs if job.folder}
+    folders = {str(path.parent) for path in tmp_path.glob("small/*/*/config.yaml")}
+    assert kept == folders == {str(p) for p in tmp_path.glob("small/deit_softmax/*")}
+
+    code, said, _, jobs = sweep(tmp_path, "attention.temperature=1", "optimizer.lr=1e-3,2e-3,3e-3")
+    assert code == 0
+    assert [job.state for job in jobs] == ["finished before", "finished before", "finished"]
+    assert "sweep of 3 jobs: 2 finished before, 1 finished\n" in said
+
+
+@pytest.mark.slow
+def test_a_failed_job_closes_its_wandb_run(tmp_path):
+    told = tmp_path / "told.txt"
+    (tmp_path / "wandb.py").write_text(FAKE_WANDB.format(said=str(told)))
+    code, _, _, jobs = sweep(
+        tmp_path, "optimizer.lr=1e30,2e-3", "trainer.updates=3", "logger.wandb=online"
+    )
+    assert code == 1
+    assert [job.state for job in jobs] == ["failed", "finished"]
+    calls = [line.split() for line in told.read_text().splitlines()]
+    first, second = (call[1] for call in calls if call[0] == "init")
+    assert first != second
+    assert all(call[1] == call[2] for call in calls if call[0] == "init")
+    assert [call for call in calls if call[0] == "finish"] == [
+        ["finish", first, "1"], ["finish", second, "0"],
+    ]  # fmt: skip
+    assert {call[1] for call in calls if call[0] == "log"} == {first, second}
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_sweep_with_its_summary(tmp_path):
+    """SIGTERM to a sweep stops the job after its update; later jobs are not begun."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "-m", *SOFTMAX, f"output_dir={tmp_path}", "seed=0,1",
+         "trainer.updates=100000", "trainer.evaluate_every=100000"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if line.startswith("results"):
+                break
+        while not any(path.stat().st_size for path in tmp_path.rglob("metrics.jsonl")):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        said, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert "goes on from there" in errors
+    assert "sweep of 1 jobs: 1 interrupted\n" in said
+    assert only(tmp_path, "last.pt").parent.name.endswith("-seed0")
+
+
+def test_summary_shows_what_differs():
+    jobs = [
+        Job(["a=1", "seed=0"], "finished", "test top1 9", "out/x"),
+        Job(["a=1", "seed=1"], "failed", "it broke\nin two lines", None),
+    ]
+    assert summary(jobs) == [
+        "sweep of 2 jobs: 1 finished, 1 failed",
+        "  seed=0  finished  test top1 9  out/x",
+        "  seed=1  failed    it broke",
+    ]
+    assert summary(jobs[:1])[1] == "  a=1 seed=0  finished  test top1 9  out/x"
+    assert summary([]) == ["sweep of 0 jobs: none"]
+
+
+def test_a_run_that_is_refused_leaves_no_folder(compose_tiny, tmp_path):
+    for override in ("resume=/nowhere", "trainer.batch_size=8000", "data=fashion_mnist"):
+        with pytest.raises((ValueError, OSError)):
+            run_quietly(compose_tiny(override))
+        assert not list(tmp_path.rglob("*-seed0"))
+    run_quietly(compose_tiny())
+    with pytest.raises(OSError, match="no checkpoint at /nowhere"):
+        run_quietly(compose_tiny("resume=/nowhere", "seed=1"))
+    assert [path.name[-5:] for path in tmp_path.glob("small/*/*")] == ["seed0"]
