@@ -66,13 +66,12 @@ def digest(content: bytes | str) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def digest_parts(parts: Iterable[bytes | str | memoryview]) -> str:
+def digest_parts(parts: Iterable[bytes | str]) -> str:
     """`digest` of many parts, of which it counts too where one ends and the next begins."""
     total = hashlib.sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else part
-        size = content.nbytes if isinstance(content, memoryview) else len(content)
-        total.update(size.to_bytes(8, "little"))
+        total.update(len(content).to_bytes(8, "little"))
         total.update(content)
     return total.hexdigest()[:16]
 

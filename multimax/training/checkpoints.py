@@ -135,7 +135,7 @@ def _check_vocabulary(state: dict[str, Any], fingerprint: str, path: Path) -> No
     if state["fingerprint"] != fingerprint:
         raise ValueError(
             f"{path} was trained with another vocabulary: give the data that it was trained "
-            "on, or start afresh with resume=never"
+            "on, or start without it (resume=never, weights=null)"
         )
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -173,7 +173,7 @@ class _Images(Dataset):
         if not isinstance(self.dataset, ImageDataset):
             return self.dataset[index]
         # timm's own way would put the next image in the place of a damaged one.
-        stream, label = self.dataset.reader[index]
+        stream, label = cast(Any, self.dataset.reader)[index]
         return Image.open(stream).convert("RGB"), -1 if label is None else label
 
     def _place(self, index: int) -> str:

@@ -21,7 +21,7 @@ def listing(images: Any) -> Iterator[str | bytes]:
         images: a data set of timm or torchvision.
     """
     reader = getattr(images, "reader", images)
-    split = getattr(reader, "split_info", None)
+    split: Any = getattr(reader, "split_info", None)
     if hasattr(split, "filenames"):
         yield from _shards(Path(reader.root), split)
     elif hasattr(reader, "builder"):

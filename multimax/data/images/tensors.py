@@ -66,8 +66,8 @@ class TensorImageData(ImageData):
     @cached_property
     def fingerprint(self) -> str:
         """Of all pixels and labels."""
-        arrays = [tensor.numpy() for split in self.splits.values() for tensor in split]
-        return digest_parts([*self.splits, *map(memoryview, arrays)])
+        tensors = [tensor for split in self.splits.values() for tensor in split]
+        return digest_parts([*self.splits, *(tensor.numpy().tobytes() for tensor in tensors)])
 
     def make_train_loader(self, *arguments: Any) -> TrainLoader:
         return _TensorTrainLoader(self, *arguments)

@@ -4,7 +4,7 @@ import os
 import tarfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from timm.data.dataset import ImageDataset
 from timm.data.dataset_factory import create_dataset
@@ -127,7 +127,7 @@ def _open(dataset: str, root: str | Path | None, split: str) -> Any:
         images = ImageDataset(str(place))
     except RuntimeError as error:  # timm's, for a folder without images
         raise FileNotFoundError(f"{error}; {_FOLDERS}") from error
-    _check_folders(place, images.reader.samples)
+    _check_folders(place, images)
     return images
 
 
@@ -141,9 +141,10 @@ def _open_tar(place: Path) -> ImageDataset:
     return images
 
 
-def _check_folders(place: Path, samples: list[tuple[str, int]]) -> None:
+def _check_folders(place: Path, images: ImageDataset) -> None:
     """Raise ValueError for a folder of a class that has no image, which timm would leave out."""
     start = len(str(place)) + 1
+    samples = cast(Any, images.reader).samples
     filled = {path[start:].split(os.sep, 1)[0] for path, _ in samples}
     with os.scandir(place) as entries:
         found = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
