@@ -1,9 +1,10 @@
 """Files that are either whole or absent, digests, and a lock that keeps a folder to one process."""
 
+import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +12,7 @@ from typing import Any, BinaryIO
 import torch
 
 RESUME = "Free some space and run the same command again: it goes on where it stopped"
+OTHER_CHECKPOINT = "give another one, or start afresh with resume=never"
 
 
 def write_atomically(
@@ -64,6 +66,22 @@ def digest(content: bytes | str) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def digest_parts(parts: Iterable[bytes | str]) -> str:
+    """`digest` of many parts, of which it counts too where one ends and the next begins."""
+    total = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        total.update(len(content).to_bytes(8, "little"))
+        total.update(content)
+    return total.hexdigest()[:16]
+
+
+def digest_file(path: Path) -> str:
+    """`digest` of the content of a file, of which a part is in memory at a time."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
 def user_cache() -> Path:
     """The folder of what can be made again, `~/.cache/multimax`; XDG_CACHE_HOME moves it.
 
@@ -97,12 +115,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: give the path of a last.pt or best.pt")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # The official code of MultiMax stores its command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as a checkpoint, it is truncated or something else "
-            f"({error}): give another one, or start afresh with resume=never"
+            f"({error}): {OTHER_CHECKPOINT}"
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, which is no checkpoint: {OTHER_CHECKPOINT}"
+        )
+    return content
 
 
 @contextmanager

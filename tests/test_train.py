@@ -57,7 +57,8 @@ SCHEMA = {
     "config": dict, "metrics": dict, "reported_weights": str, "best": dict, "normalizers": dict,
     "learned_scalars": dict, "parameters": int, "updates": int, "training_seconds": float,
     "processes": int, "versions": dict, "commit": str | None, "uncommitted_changes": bool,
-    "notes": dict, "hardware": dict, "peak_memory_mib": dict, "finished": str,
+    "inputs": dict, "origin": type(None), "notes": dict, "hardware": dict,
+    "peak_memory_mib": dict, "finished": str,
 }  # fmt: skip
 
 

@@ -43,10 +43,13 @@ class LoadedData(ABC):
     Attributes:
         name: name in tables and in the first lines of a run.
         sizes: number of examples by split; "train" and, where they exist, "valid" and "test".
+        fingerprint: 16 hexadecimal digits that tell data sets apart, wherever their files lie: a
+            run belongs to its data.
     """
 
     name: str
     sizes: dict[str, int]
+    fingerprint: Any
 
     @abstractmethod
     def make_train_loader(self, *arguments: Any) -> TrainLoader:

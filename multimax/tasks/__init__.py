@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from multimax.registry import look_up
+from multimax.registry import build, look_up
 from multimax.tasks.base import Task
 from multimax.tasks.image_classification import ImageClassification
 from multimax.tasks.language_modeling import LanguageModeling
@@ -15,6 +15,17 @@ TASKS: dict[str, type[Any]] = {
     "language_modeling": LanguageModeling,
     "translation": Translation,
 }
+
+
+def data_fingerprint(config: Any) -> str:
+    """The fingerprint of the data that `config.data` names, which no more is done with.
+
+    Raises:
+        ValueError, FileNotFoundError: as `build_task`, of the data.
+    """
+    task = look_up("task", TASKS, config.task.name)
+    options = config.data.given()
+    return build(task.data_kind, task.data_sets, options.pop("name"), options).fingerprint
 
 
 def build_task(config: Any, rank: int, world_size: int, device: torch.device) -> Task:

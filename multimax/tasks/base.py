@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,8 @@ class Task(ABC):
         splits: names of the evaluation splits, each with its number of examples.
         fingerprint: of what gives the weights their meaning beside the model, such as the
             vocabulary; a checkpoint with another one is refused.
+        data_fingerprint: of the data, wherever its files lie; a run on other data is another one.
+        before_batch: called before each batch of an evaluation; an exception ends it.
         notes: what a reader of the metrics has to know, such as the signature of BLEU; as JSON.
     """
 
@@ -54,6 +56,8 @@ class Task(ABC):
     eval_loaders: dict[str, EvalLoader]
     splits: dict[str, int]
     fingerprint: str = ""
+    data_fingerprint: str = ""
+    before_batch: Callable[[], None] = staticmethod(lambda: None)
     notes: Mapping[str, Any] = {}
 
     def open_loaders(
@@ -65,6 +69,7 @@ class Task(ABC):
             ValueError: the training split is smaller than one batch over all processes.
         """
         self.device = device
+        self.data_fingerprint = data.fingerprint
         self.splits = {name: size for name, size in data.sizes.items() if name != "train"}
         share = rank, world_size, device
         self.train_loader = data.train_loader(
@@ -74,6 +79,12 @@ class Task(ABC):
             split: data.eval_loader(split, config.trainer.eval_batch_size, *share)
             for split in self.splits
         }
+
+    def evaluation_batches(self, split: str) -> Iterator[Any]:
+        """What the loader of an evaluation split gives, with `before_batch` in between."""
+        for batch in self.eval_loaders[split]:
+            self.before_batch()
+            yield batch
 
     @abstractmethod
     def describe(self) -> dict[str, str]:

@@ -110,7 +110,7 @@ class ImageClassification(Task):
         self, model: nn.Module, split: str, reduce: Callable[[Tensor], Tensor]
     ) -> dict[str, float]:
         totals = torch.zeros(4, dtype=torch.float64)
-        for images, targets in self.eval_loaders[split]:
+        for images, targets in self.evaluation_batches(split):
             scores = model(images).float()
             output = cast(Normalizer, model.output)
             loss = output_loss(output, scores, targets, reduction="sum")
@@ -127,7 +127,7 @@ class ImageClassification(Task):
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
         split = next(iter(self.splits))
         with NormalizerRecorder(model) as recorder:
-            for images, _ in islice(iter(self.eval_loaders[split]), INSPECTED_BATCHES):
+            for images, _ in islice(self.evaluation_batches(split), INSPECTED_BATCHES):
                 cast(Normalizer, model.output)(model(images))
         return recorder.summary()
 

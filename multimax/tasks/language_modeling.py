@@ -107,7 +107,7 @@ class LanguageModeling(Task):
         output = cast(LanguageModel, model).output
         sparse = output.sparse
         totals = torch.zeros(3, dtype=torch.float64)
-        for batch in self.eval_loaders[split]:
+        for batch in self.evaluation_batches(split):
             counts = batch.targets != self.model.padding_index
             features, targets = model(batch.inputs)[counts], batch.targets[counts]
             loss = output.loss(features, targets, reduction="sum")
@@ -129,7 +129,7 @@ class LanguageModeling(Task):
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
         split = next(iter(self.splits))
         with NormalizerRecorder(model) as recorder:
-            for batch in islice(iter(self.eval_loaders[split]), INSPECTED_BATCHES):
+            for batch in islice(self.evaluation_batches(split), INSPECTED_BATCHES):
                 features = model(batch.inputs)[batch.targets != self.model.padding_index]
                 cast(LanguageModel, model).output.probabilities(features[:INSPECTED_ROWS])
         return recorder.summary()

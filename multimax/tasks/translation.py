@@ -140,7 +140,7 @@ class Translation(Task):
         totals = torch.zeros(3, dtype=torch.float64)
         # Each process fills in its own sentences, and the sum over all processes has them all.
         found = torch.zeros(len(pairs), self._longest(split), dtype=torch.int64, device=self.device)
-        for indices, batch in self.eval_loaders[split]:
+        for indices, batch in self.evaluation_batches(split):
             totals += self._totals(model, batch).cpu()
             translations = self._search(model, split, batch)
             for index, tokens in zip(indices.tolist(), translations, strict=True):

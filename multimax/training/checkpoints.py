@@ -1,14 +1,23 @@
 """What a checkpoint holds, and what is checked before one is taken over."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-CHECKPOINT_FORMAT = 1
-WEIGHTS = ("format", "fingerprint", "position", "model", "ema")
-STATE = (*WEIGHTS, "optimizer", "scaler", "random_states")  # what resuming needs
+from multimax.files import load_checkpoint
+from multimax.training.optimization import normalizer_parameters
+
+CHECKPOINT_FORMAT = 2
+WEIGHTS = ("format", "fingerprint", "inputs", "position", "model", "ema")
+# What resuming needs.
+STATE = (*WEIGHTS, "updates_per_epoch", "optimizer_name", "optimizer", "scaler", "random_states")
+# Settings of a group of parameters that the configuration decides, not the checkpoint.
+GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay", "eps", "betas", "momentum")
+AFRESH = "start from its weights with weights={path}, or start afresh with resume=never"
 
 
 @dataclass
@@ -17,14 +26,61 @@ class Position:
 
     update: int = 0
     epoch: int = 0
-    batch: int = 0  # batches of this process already drawn in this epoch
+    epoch_update: int = 0  # updates of this epoch that are done
     seconds: float = 0.0  # of training, over all processes that had a part in it
     best: float | None = None
     best_update: int = 0
+    due: bool = False  # the evaluation after this update has not been done
+    origin: str = ""  # the checkpoint of another run that this one began with
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run was given beside its settings, by content: it does not matter where that lies.
+
+    Attributes:
+        data: fingerprint of the data.
+        weights: digest of the file that `weights` names, if it names one.
+    """
+
+    data: str
+    weights: str | None = None
+
+
+def check_inputs(recorded: Any, inputs: Inputs, path: Path, own: bool = True) -> None:
+    """Raise ValueError for a result or a checkpoint of other data, or of other first weights.
+
+    Args:
+        recorded: the inputs as `path` has them.
+        inputs: those of this run.
+        path: for messages.
+        own: the file is this run's own; else it may have begun with other weights.
+    """
+    if not isinstance(recorded, Mapping) or not {"data", "weights"} <= recorded.keys():
+        raise ValueError(f"{path} does not say which data it is of: {_remedy(path)}")
+    if recorded["data"] != inputs.data:
+        raise ValueError(
+            f"{path} is of other data (fingerprint {recorded['data']}) than that of the "
+            f"configuration ({inputs.data}): give that data (data.root=...), choose another name= "
+            f"or output_dir= for a run on this data, or {_remedy(path)}"
+        )
+    if own and recorded["weights"] != inputs.weights:
+        raise ValueError(
+            f"{path} began with other weights (digest {recorded['weights']}) than the file of "
+            f"`weights` holds now ({inputs.weights}): {_remedy(path)}"
+        )
+
+
+def _remedy(path: Path) -> str:
+    return (
+        "resume=never keeps it aside and runs again"
+        if path.suffix == ".json"
+        else AFRESH.format(path=path)
+    )
 
 
 def weights(
-    model: nn.Module, ema: nn.Module | None, position: Position, fingerprint: str
+    model: nn.Module, ema: nn.Module | None, position: Position, fingerprint: str, inputs: Inputs
 ) -> dict[str, Any]:
     """The part of a checkpoint that evaluation needs.
 
@@ -33,10 +89,12 @@ def weights(
         ema: the averaged network, or None.
         position: where training is.
         fingerprint: see `Task`.
+        inputs: of the run.
     """
     return {
         "format": CHECKPOINT_FORMAT,
         "fingerprint": fingerprint,
+        "inputs": asdict(inputs),
         "position": asdict(position),
         "model": model.state_dict(),
         "ema": None if ema is None else ema.state_dict(),
@@ -56,11 +114,7 @@ def load_weights(
     Raises:
         ValueError: it is of another vocabulary or model, or only one of the two has an EMA.
     """
-    if state["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{path} was trained with another vocabulary: give the data that it was trained "
-            "on, or start afresh with resume=never"
-        )
+    _check_vocabulary(state, fingerprint, path)
     if (state["ema"] is None) != (ema is None):
         raise ValueError(
             f"{path} was written {'without' if state['ema'] is None else 'with'} EMA: "
@@ -77,6 +131,58 @@ def load_weights(
         ) from error
 
 
+def _check_vocabulary(state: dict[str, Any], fingerprint: str, path: Path) -> None:
+    if state["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{path} was trained with another vocabulary: give the data that it was trained "
+            "on, or start without it (resume=never, weights=null)"
+        )
+
+
+def load_initial_weights(model: nn.Module, path: Path, fingerprint: str) -> str:
+    """Put the weights of a checkpoint into a model that is still to be trained.
+
+    It can be a last.pt or best.pt (of which it is the trained weights, not their average), a
+    converted checkpoint of fairseq, or one of the official code of MultiMax. Scalars of normalizers
+    that it lacks stay as they are, so that a model with SoftMax can go on with MultiMax.
+
+    Args:
+        model: changed in place.
+        path: of the checkpoint.
+        fingerprint: see `Task`; only checkpoints of this project have one.
+
+    Returns:
+        What was loaded, for a reader.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, of another vocabulary, or of another model.
+    """
+    content = load_checkpoint(path)
+    if "fingerprint" in content:
+        _check_vocabulary(content, fingerprint, path)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scalars = {names[id(parameter)] for parameter in normalizer_parameters(model)}
+    found = content["model"] if isinstance(content.get("model"), dict) else content
+    found = {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
+    if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
+        raise ValueError(f"weights={path} holds no weights, neither at its top nor under 'model'")
+    try:
+        missing, unexpected = model.load_state_dict(found, strict=False)
+    except RuntimeError as error:  # of another shape
+        raise ValueError(f"weights={path} does not fit the configured model: {error}") from error
+    lacking = [name for name in missing if name not in scalars]
+    if lacking or unexpected:
+        raise ValueError(
+            f"weights={path} does not fit the configured model: {len(lacking)} weights are missing "
+            f"there ({', '.join(lacking[:3])}), {len(unexpected)} are not known here "
+            f"({', '.join(unexpected[:3])}); use the model and the normalizers that it was "
+            "trained with"
+        )
+    kept = f"; {len(missing)} normalizer scalars as configured" if missing else ""
+    return f"weights of {path}{kept}"
+
+
 def check_complete(state: dict[str, Any], path: Path) -> None:
     """Raise ValueError for a checkpoint that cannot be resumed from."""
     missing = set(STATE) - set(state)
@@ -84,5 +190,77 @@ def check_complete(state: dict[str, Any], path: Path) -> None:
         raise ValueError(
             f"{path} cannot be resumed (missing: {', '.join(sorted(missing)) or 'nothing'}; "
             f"format {state.get('format')}, expected {CHECKPOINT_FORMAT}): give a last.pt "
-            "of this version, or start afresh with resume=never"
+            f"of this version, {AFRESH.format(path=path)}"
         )
+
+
+def check_position(
+    state: dict[str, Any], path: Path, updates_per_epoch: int, total: int, by_epochs: bool
+) -> Position:
+    """The position of a checkpoint, which must lie within the length of this run.
+
+    Args:
+        state: the content of the checkpoint.
+        path: of the checkpoint, for messages.
+        updates_per_epoch: of this run.
+        total: updates of this run.
+        by_epochs: its length is given in epochs.
+
+    Raises:
+        ValueError: it has more updates than this run is to have, or its epochs had another length.
+    """
+    try:
+        position = Position(**state["position"])
+    except TypeError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): give another last.pt, {AFRESH.format(path=path)}"
+        ) from error
+    there = state["updates_per_epoch"]
+    if there != updates_per_epoch and (by_epochs or position.epoch_update):
+        raise ValueError(
+            f"an epoch has {there} updates in {path} and {updates_per_epoch} here: set "
+            "trainer.batch_size and the number of processes as they were, or "
+            f"{AFRESH.format(path=path)}"
+        )
+    if position.update > total:
+        raise ValueError(
+            f"{path} has {position.update} updates, more than the {total} of this run: set "
+            f"trainer.{'epochs' if by_epochs else 'updates'} to as many, or "
+            f"{AFRESH.format(path=path)}"
+        )
+    return position
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, name: str, state: dict[str, Any], path: Path
+) -> None:
+    """Take over the running means of an optimizer; its settings stay those of the configuration.
+
+    Args:
+        optimizer: as it was built; changed in place.
+        name: of the configuration.
+        state: the content of the checkpoint.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: the checkpoint is of another optimizer.
+    """
+    if state["optimizer_name"] != name:
+        raise ValueError(
+            f"optimizer.name={name}, but {path} was trained with {state['optimizer_name']}, whose "
+            f"state is another one: set optimizer.name={state['optimizer_name']}, or "
+            f"{AFRESH.format(path=path)}"
+        )
+    configured = [
+        {key: group[key] for key in GROUP_SETTINGS if key in group}
+        for group in optimizer.param_groups
+    ]
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"the optimizer of {path} does not fit ({error}): set optimizer.filter_bias_and_bn and "
+            f"the model as they were, or {AFRESH.format(path=path)}"
+        ) from error
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update(settings)

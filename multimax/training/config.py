@@ -152,6 +152,11 @@ class Config(Section):
     resume: str = Field(
         description="auto: go on where this run stopped; never: afresh; or the path of a checkpoint"
     )
+    weights: str | None = Field(
+        None,
+        description="what training starts from: null draws new weights; or the path of a last.pt "
+        "or best.pt, of a converted checkpoint or of one of the official code",
+    )
     logger: LoggerSection
     task: TaskSection
     scale: ScaleSection

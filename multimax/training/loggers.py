@@ -27,8 +27,11 @@ log: logging.Logger = logging.getLogger(__name__)
 class Logger(Protocol):
     """Receives the metrics of a run; `update` counts the optimizer updates since its start."""
 
-    def resume(self, update: int) -> None:
-        """Forget what was logged after `update`: it will be logged again."""
+    def resume(self, update: int, evaluated: bool = True) -> None:
+        """Forget what was logged after `update`, which will be logged again.
+
+        `evaluated` tells whether the evaluation after that very update counts as before it.
+        """
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         """Record metrics by name, such as `train/loss`."""
@@ -46,7 +49,7 @@ class JsonLinesLogger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def resume(self, update: int) -> None:
+    def resume(self, update: int, evaluated: bool = True) -> None:
         lines = self.path.read_text().splitlines() if update and self.path.exists() else []
         kept = []
         for line in lines:
@@ -54,7 +57,8 @@ class JsonLinesLogger:
                 entry = json.loads(line)
             except json.JSONDecodeError:
                 break  # the line that a kill cut short
-            if entry["update"] <= update:
+            trained = any(name.startswith("train/") for name in entry)
+            if entry["update"] < update + (evaluated or trained):
                 kept.append(line + "\n")
         content = "".join(kept).encode()
         write_atomically(self.path, lambda stream: stream.write(content))
@@ -102,7 +106,7 @@ class WandbLogger:
         except Exception as error:  # a broken mirror must not stop the run
             self._give_up(error)
 
-    def resume(self, update: int) -> None:
+    def resume(self, update: int, evaluated: bool = True) -> None:
         pass  # W&B keys its history by the `update` metric, which simply comes again
 
     def log(self, update: int, metrics: dict[str, float]) -> None:

@@ -3,9 +3,7 @@
 import json
 import math
 import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,12 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
-from omegaconf import OmegaConf
 from rich.console import Console
 
-from multimax.files import locked, write_atomically, write_json
-from multimax.tasks import build_task
+from multimax.files import digest_file, locked, write_json
+from multimax.tasks import build_task, data_fingerprint
 from multimax.tasks.base import Task
+from multimax.training.checkpoints import Inputs, check_inputs, load_initial_weights
 from multimax.training.config import (
     Config,
     check_processes,
@@ -26,6 +24,7 @@ from multimax.training.config import (
     read_config,
     run_folder,
 )
+from multimax.training.folder import left_only_if_used, save_config, set_aside, wandb_id
 from multimax.training.loggers import JsonLinesLogger, Logger, ProgressDisplay, WandbLogger
 from multimax.training.random_state import seed_everything
 from multimax.training.result import (
@@ -38,7 +37,11 @@ from multimax.training.result import (
 )
 from multimax.training.trainer import Trainer
 
-NOTHING = (".lock", "config.yaml", "wandb_id")  # what alone makes no run
+# What a result that is read back must have to be shown.
+SHOWN = (
+    "experiment", "scale", "metrics", "normalizers", "learned_scalars", "updates",
+    "training_seconds", "peak_memory_mib", "inputs",
+)  # fmt: skip
 INITIALIZATION = 2**32 - 1  # the "epoch" whose random stream draws the initial weights
 
 
@@ -53,8 +56,9 @@ def run(config: Any, console: Console | None = None) -> dict[str, Any]:
         The content of `result.json`.
 
     Raises:
-        ValueError: a setting is out of range, or another process has the run folder.
-        FileNotFoundError: data or the checkpoint to resume from is missing.
+        ValueError: a setting is out of range, another process has the run folder, or what the run
+            folder holds is of other data.
+        FileNotFoundError: data, or the checkpoint to begin with, is missing.
         FloatingPointError: training diverged.
         InterruptedRunError: a signal arrived; the same command goes on from here.
         OSError: a file cannot be written, for example because the disk is full.
@@ -67,9 +71,9 @@ def run(config: Any, console: Console | None = None) -> dict[str, Any]:
         if not accelerator.is_main_process:
             accelerator.wait_for_everyone()
             return _run(config, accelerator, folder, Console(quiet=True))
-        with locked(folder), _left_only_if_used(folder):
+        with locked(folder), left_only_if_used(folder):
             if config.resume == "never":
-                _set_aside(folder)
+                set_aside(folder)
             accelerator.wait_for_everyone()
             return _run(config, accelerator, folder, console or Console())
     finally:
@@ -90,6 +94,8 @@ def _accelerator(config: Config) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         # Ours is trainer.accumulation: without this, a variable of the environment would count.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # Ours is trainer.compile; likewise.
+        dynamo_backend="no",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
@@ -98,26 +104,35 @@ def _run(
     config: Config, accelerator: Accelerator, folder: Path, console: Console
 ) -> dict[str, Any]:
     result_file = folder / "result.json"
+    first_weights = _digest_of_weights(config)
     if result_file.exists():
-        return _finished(result_file, console)
+        inputs = Inputs(data_fingerprint(config), first_weights)
+        return _finished(result_file, inputs, console)
     seed_everything(config.seed, INITIALIZATION, 0)
     task = build_task(
         config, accelerator.process_index, accelerator.num_processes, accelerator.device
     )
     _describe(console, config, accelerator, task, folder)
+    origin = ""
+    if config.weights is not None:
+        origin = load_initial_weights(task.model, Path(config.weights), task.fingerprint)
     display = ProgressDisplay(console, task.unit) if accelerator.is_main_process else None
-    trainer = Trainer(task, config, folder, accelerator, [], display)
+    trainer = Trainer(task, config, folder, accelerator, [], display, first_weights)
+    trainer.position.origin = origin
     checkpoint = _checkpoint_to_resume(config, trainer)
-    if checkpoint:
-        trainer.resume(checkpoint)
-        line = f"resuming from {checkpoint} at update {trainer.position.update}"
+    own = checkpoint is None or trainer.resume(checkpoint)
+    if checkpoint or origin:
+        start = f"resuming from {checkpoint}" if checkpoint else f"beginning with {origin}"
+        line = f"{start} at update {trainer.position.update}"
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     if accelerator.is_main_process:
-        _save_config(config, folder)
+        if not own:  # what is here is of another beginning
+            set_aside(folder)
+        save_config(config, folder)
         trainer.loggers = _loggers(config, folder)
     try:
         for logger in trainer.loggers:
-            logger.resume(trainer.position.update)
+            logger.resume(trainer.position.update, not trainer.position.due)
         trainer.fit()
         return _finish(config, trainer, trainer.loggers, folder, console)
     except BaseException:
@@ -126,34 +141,18 @@ def _run(
         raise
 
 
-@contextmanager
-def _left_only_if_used(folder: Path) -> Iterator[None]:
-    """Take the folder of a run that fails away, if there is nothing in it to go on from or read."""
-    try:
-        yield
-    except BaseException:
-        files = list(folder.iterdir())
-        if all(file.name in NOTHING or _is_empty_file(file) for file in files):
-            for file in files:
-                file.unlink()
-            folder.rmdir()
-        raise
-
-
-def _is_empty_file(path: Path) -> bool:
-    return path.is_file() and not path.stat().st_size
-
-
 def _finish(
     config: Config, trainer: Trainer, loggers: list[Logger], folder: Path, console: Console
 ) -> dict[str, Any]:
     if config.trainer.report == "best":
         trainer.load_best()
     task, position = trainer.task, trainer.position
-    metrics = {
-        split: trainer.evaluate(split) | {"examples": examples}
-        for split, examples in task.splits.items()
-    }
+    with trainer.interruptible():
+        metrics = {
+            split: trainer.evaluate(split) | {"examples": examples}
+            for split, examples in task.splits.items()
+        }
+        normalizers = _without_nan(trainer.inspect())
     result = {
         "schema": SCHEMA,
         "experiment": config.name,
@@ -162,11 +161,13 @@ def _finish(
         "seed": config.seed,
         "config_hash": config_hash(config),
         "config": config.recorded(),
+        "inputs": asdict(trainer.inputs),
+        "origin": position.origin or None,
         "metrics": metrics,
         "notes": task.notes,
         "reported_weights": config.trainer.report,
         "best": {"metric": task.monitor, "value": position.best, "update": position.best_update},
-        "normalizers": _without_nan(trainer.inspect()),
+        "normalizers": normalizers,
         "learned_scalars": learned_scalars(task.model),
         "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
         "updates": position.update,
@@ -191,30 +192,26 @@ def _without_nan(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, float
     }
 
 
-def _finished(result_file: Path, console: Console) -> dict[str, Any]:
+def _finished(result_file: Path, inputs: Inputs, console: Console) -> dict[str, Any]:
     try:
         result = json.loads(result_file.read_text())
     except ValueError as error:
         raise ValueError(
             f"{result_file} is damaged ({error}): resume=never keeps it aside and runs again"
         ) from error
+    missing = [key for key in SHOWN if not isinstance(result, dict) or key not in result]
+    if missing:
+        raise ValueError(
+            f"{result_file} is of an earlier version or damaged (it lacks {', '.join(missing)}): "
+            "resume=never keeps it aside and runs again"
+        )
+    check_inputs(result["inputs"], inputs, result_file)
     console.print(
         "this configuration and seed is finished; here is its result (resume=never runs it "
         "again and keeps this one aside)"
     )
     print_result(console, result, result_file.parent)
     return result
-
-
-def _set_aside(folder: Path) -> None:
-    """Move what a folder holds into `previous-1`, `previous-2`, ...: nothing is ever deleted."""
-    old = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith("previous-")]
-    if old:
-        number = sum(1 for _ in folder.glob("previous-*")) + 1
-        target = folder / f"previous-{number}"
-        target.mkdir()
-        for path in old:
-            path.rename(target / path.name)
 
 
 def _describe(
@@ -233,18 +230,10 @@ def _describe(
         console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _save_config(config: Config, folder: Path) -> None:
-    content = OmegaConf.to_yaml(OmegaConf.create(config.recorded())).encode()
-    write_atomically(folder / "config.yaml", lambda stream: stream.write(content))
-
-
 def _loggers(config: Config, folder: Path) -> list[Logger]:
-    identity = folder / "wandb_id"
-    if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:8])
     run = {
         "name": folder.name,
-        "id": identity.read_text().strip(),
+        "id": wandb_id(folder / "wandb_id"),
         "group": config.name,
         "tags": config.tags,
         "config": config.recorded(),
@@ -253,6 +242,21 @@ def _loggers(config: Config, folder: Path) -> list[Logger]:
         JsonLinesLogger(folder / "metrics.jsonl"),
         WandbLogger(config.logger.wandb, folder, run),
     ]
+
+
+def _digest_of_weights(config: Config) -> str | None:
+    """Of the file that the configuration names as first weights; None if it names none."""
+    if config.weights is None:
+        return None
+    path = Path(config.weights)
+    if config.resume not in ("auto", "never"):
+        raise ValueError(
+            f"weights={path} and resume={config.resume} both say where to begin: give one of them; "
+            "weights= begins a new run, resume= goes on with one"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"weights={path} must be a checkpoint file: there is none")
+    return digest_file(path)
 
 
 def _checkpoint_to_resume(config: Config, trainer: Trainer) -> Path | None:

@@ -4,9 +4,13 @@ Beside SIGTERM and Ctrl-C these are what a cluster sends before a time limit (SI
 closed terminal sends (SIGHUP).
 """
 
+import os
 import signal
+import sys
 from types import FrameType
 from typing import Any
+
+from multimax.data.workers import STOP_SIGNALS, signal_at_death_of_parent
 
 
 class StopSignal:
@@ -15,18 +19,15 @@ class StopSignal:
     A second Ctrl-C does not wait; other signals can come in pairs, from a launcher and a cluster.
     """
 
-    NUMBERS = tuple(
-        getattr(signal, name)
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
-        if hasattr(signal, name)  # Windows lacks some
-    )
-
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._remember) for number in self.NUMBERS}
+        # A launcher that is killed cannot tell its processes any more.
+        if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+            signal_at_death_of_parent(signal.SIGTERM)
+        self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

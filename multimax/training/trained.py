@@ -34,7 +34,13 @@ def read_run(
             f"there is no {file}, which tells what model {checkpoint.name} is of: give a run "
             "folder, or a checkpoint in its run folder"
         )
-    content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(file))
+        content["task"]["name"]
+    except Exception as error:  # those of YAML have no class in common with the others
+        raise ValueError(
+            f"{file} is damaged ({error!r}): copy it again from where the run was trained"
+        ) from error
     if content["task"]["name"] != task:
         raise ValueError(
             f"{folder} was trained for {content['task']['name']}: give the run of an experiment "

@@ -4,38 +4,32 @@ import contextlib
 import itertools
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from multimax.files import load_checkpoint, save_checkpoint
 from multimax.tasks.base import Task
-from multimax.training.checkpoints import Position, check_complete, load_weights, weights
 from multimax.training.config import Config
 from multimax.training.loggers import Logger, ProgressDisplay
 from multimax.training.non_finite import describe_non_finite
-from multimax.training.optimization import GradientClipping, LearningRate, build_optimizer
-from multimax.training.random_state import random_state, restore_random_state, seed_everything
+from multimax.training.random_state import restore_random_state, seed_everything
 from multimax.training.signals import StopSignal
+from multimax.training.state import RunState
 
 
 class InterruptedRunError(Exception):
     """The run was asked to stop; its state is saved."""
 
 
-class Trainer:
+class Trainer(RunState):
     """Trains the model of a task, evaluates it now and then, and keeps its state on disk.
 
     Args:
-        task: data, model and loss.
-        config: the composed configuration; `trainer`, `optimizer`, `schedule` and `seed` are read.
-        folder: the run folder; `last.pt` and `best.pt` are written there.
-        accelerator: devices, processes and precision.
+        task, config, folder, accelerator, first_weights: as in `RunState`.
         loggers: receive the metrics; empty except in the main process.
         display: the progress bar.
     """
@@ -48,71 +42,27 @@ class Trainer:
         accelerator: Accelerator,
         loggers: list[Logger],
         display: ProgressDisplay | None,
+        first_weights: str | None = None,
     ) -> None:
-        self.task: Task = task
-        self.config: Config = config
-        self.folder: Path = folder
-        self.accelerator: Accelerator = accelerator
+        super().__init__(task, config, folder, accelerator, first_weights)
         self.loggers: list[Logger] = loggers
         self.display: ProgressDisplay | None = display
-        options = config.trainer
-        self.accumulation: int = options.accumulation
-        self.updates_per_epoch: int = len(task.train_loader) // self.accumulation
-        if not self.updates_per_epoch:
-            raise ValueError(
-                f"trainer.batch_size={options.batch_size} is more than the training data: "
-                f"trainer.accumulation={self.accumulation} needs as many batches, of which there "
-                f"are {len(task.train_loader)}; use a smaller trainer.batch_size"
-            )
-        if options.report == "best" and self.monitored_split not in task.splits:
-            raise ValueError(
-                f"trainer.report=best needs a split {self.monitored_split!r}, of which the data "
-                "has none: use trainer.report=last"
-            )
-        self.updates_per_unit: int = self.updates_per_epoch if options.epochs else 1
-        length = options.epochs or options.updates or 0
-        self.total_updates: int = length * self.updates_per_unit
-        self.position = Position()
-
-        task.model.to(accelerator.device)
-        decay = options.ema_decay
-        self.ema: ModelEmaV3 | None = None if decay is None else ModelEmaV3(task.model, decay=decay)
-        if options.compile:
-            task.model.compile()
-        optimizer = build_optimizer(task.model, config.optimizer)
-        schedule = config.schedule, length, self.updates_per_unit
-        self.learning_rate: LearningRate = LearningRate(optimizer, *schedule)
-        self.clip: GradientClipping = GradientClipping(task.model, options.clip_norm)
-        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
-        self._saved_random_state: dict[str, Any] | None = None
         self._stop = StopSignal()
-
-    @property
-    def monitored_split(self) -> str:
-        """The split of the task's monitored metric; without it there is no best checkpoint."""
-        return self.task.monitor.partition("/")[0]
-
-    @property
-    def last_checkpoint(self) -> Path:
-        """The whole state of the run, to resume from."""
-        return self.folder / "last.pt"
-
-    @property
-    def best_checkpoint(self) -> Path:
-        """The weights at the best value of the task's monitored metric."""
-        return self.folder / "best.pt"
+        task.before_batch = self._stop_in_evaluation
 
     def fit(self, stop_after: int | None = None) -> None:
         """Train to the end, or until `stop_after` updates; the state is then on disk.
 
         Raises:
-            InterruptedRunError: SIGTERM or SIGINT arrived; the state is on disk.
+            InterruptedRunError: a signal arrived (see `StopSignal`); the state is on disk.
             FloatingPointError: the loss is not finite; the message says which tensor is to blame.
         """
         end = self.total_updates if stop_after is None else min(stop_after, self.total_updates)
         with self._stop, self.display or contextlib.nullcontext():
             if self.display:
                 self.display.start_at(self.position.update, self.total_updates)
+            if self.position.due:
+                self._evaluate_and_save()
             while self.position.update < end:
                 self._run_epoch(end)
             if self.position.update < self.total_updates:
@@ -121,11 +71,12 @@ class Trainer:
     def _run_epoch(self, end: int) -> None:
         position = self.position
         seed_everything(self.config.seed, position.epoch, self.accelerator.process_index)
-        batches = self.task.train_loader.batches(position.epoch, position.batch)
-        if self._saved_random_state is not None:
-            restore_random_state(self._saved_random_state)
-            self._saved_random_state = None
-        for update in range(position.batch // self.accumulation, self.updates_per_epoch):
+        start = position.epoch_update
+        batches = self.task.train_loader.batches(position.epoch, start * self.accumulation)
+        if self.saved_random_state is not None:
+            restore_random_state(self.saved_random_state)
+            self.saved_random_state = None
+        for update in range(start, self.updates_per_epoch):
             if position.update >= end:
                 return
             started = time.monotonic()
@@ -133,11 +84,11 @@ class Trainer:
             metrics = self._update(group)
             elapsed = time.monotonic() - started
             position.update += 1
-            position.batch += self.accumulation
+            position.epoch_update = update + 1
             position.seconds += elapsed
             self._report(metrics, elapsed)
             if update + 1 == self.updates_per_epoch:
-                position.epoch, position.batch = position.epoch + 1, 0
+                position.epoch, position.epoch_update = position.epoch + 1, 0
             self._after_update()
 
     def _update(self, group: list[Any]) -> dict[str, float]:
@@ -203,13 +154,21 @@ class Trainer:
         units, odd = divmod(position.update, self.updates_per_unit)
         done = position.update == self.total_updates
         stop = self._stop_requested() and not done
-        due = done or (not odd and units % options.evaluate_every == 0)
-        if due:
-            self.evaluate_and_keep_best()
-        if due or stop:
-            self.save()
+        position.due = done or (not odd and units % options.evaluate_every == 0)
+        if position.due or stop:
+            self.save()  # before an evaluation, which can last longer than a cluster waits
         if stop:
-            raise InterruptedRunError(f"stopped by a signal after update {position.update}")
+            raise self._interrupted()
+        if position.due:
+            self._evaluate_and_save()
+
+    def _evaluate_and_save(self) -> None:
+        self.evaluate_and_keep_best()
+        self.position.due = False
+        self.save()
+
+    def _interrupted(self) -> InterruptedRunError:
+        return InterruptedRunError(f"stopped by a signal after update {self.position.update}")
 
     def evaluate_and_keep_best(self) -> None:
         """Evaluate on the split of the task's monitored metric and keep the weights if best.
@@ -225,8 +184,7 @@ class Trainer:
         best = self.position.best
         if best is None or (value > best if self.task.higher_is_better else value < best):
             self.position.best, self.position.best_update = value, self.position.update
-            if self.accelerator.is_main_process:
-                save_checkpoint(self.best_checkpoint, self._weights())
+            self.save_best()
         if self.display:
             listed = "  ".join(f"{name} {number:.4g}" for name, number in metrics.items())
             self.display.print(f"after update {self.position.update}: {split}  {listed}")
@@ -241,8 +199,12 @@ class Trainer:
 
     def _evaluate_model(self, model: nn.Module, split: str) -> dict[str, float]:
         model.eval()
-        with torch.inference_mode(), self.accelerator.autocast():
-            return self.task.evaluate(model, split, self._sum)
+        try:
+            with torch.inference_mode(), self.accelerator.autocast():
+                return self.task.evaluate(model, split, self._sum)
+        except RuntimeError:
+            self._stop_in_evaluation()  # another process has gone for the same reason
+            raise
 
     def inspect(self) -> dict[str, dict[str, float]]:
         """Figures of each normalizer on a few evaluation batches, by module name."""
@@ -260,52 +222,16 @@ class Trainer:
         for logger in self.loggers:
             logger.log(self.position.update, metrics)
 
-    def _weights(self) -> dict[str, Any]:
-        ema = None if self.ema is None else self.ema.module
-        return weights(self.task.model, ema, self.position, self.task.fingerprint)
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A wish to stop ends the evaluations inside; what is on disk is the end of training."""
+        with self._stop:
+            yield
 
-    def save(self) -> None:
-        """Write `last.pt`: all that resuming needs, of all processes."""
-        random_states = gather_object([random_state()])
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = self._weights() | {
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "random_states": random_states,
-            }
-            save_checkpoint(self.last_checkpoint, state)
-        self.accelerator.wait_for_everyone()
-
-    def resume(self, path: Path) -> None:
-        """Take over the state that `save` wrote.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is not a checkpoint of this configuration.
-        """
-        state = load_checkpoint(path)
-        check_complete(state, path)
-        self._load_weights(state, path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.position: Position = Position(**state["position"])
-        if not self.best_checkpoint.exists():  # it stayed in another folder
-            self.position.best, self.position.best_update = None, 0
-        states = state["random_states"]
-        if self.position.batch and len(states) == self.accelerator.num_processes:
-            self._saved_random_state = states[self.accelerator.process_index]
-        for logger in self.loggers:
-            logger.resume(self.position.update)
-
-    def load_best(self) -> None:
-        """Put the weights of `best.pt` into the model."""
-        self._load_weights(load_checkpoint(self.best_checkpoint), self.best_checkpoint)
-
-    def _load_weights(self, state: dict[str, Any], path: Path) -> None:
-        ema = None if self.ema is None else self.ema.module
-        load_weights(self.task.model, ema, state, self.task.fingerprint, path)
+    def _stop_in_evaluation(self) -> None:
+        """End an evaluation at once: `save` came before it, and its processes need not agree."""
+        if self._stop.requested:
+            raise self._interrupted()
 
     def _stop_requested(self) -> bool:
         """Whether any process got a signal; all of them must agree on the update to stop after."""

@@ -281,8 +281,10 @@ def test_a_checkpoint_with_another_vocabulary_is_refused(composed, tmp_path):
         run(config, Console(file=nowhere))
     (checkpoint,) = Path(config.output_dir).rglob("last.pt")
     (tmp_path / "text" / "train.txt").write_text("an other text with other pairs of words\n" * 50)
-    with open("/dev/null", "w") as nowhere, pytest.raises(ValueError, match="another vocabulary"):
+    with open("/dev/null", "w") as nowhere, pytest.raises(ValueError, match="is of other data"):
         run(composed("lm_softmax", f"resume={checkpoint}", "seed=1"), Console(file=nowhere))
+    with open("/dev/null", "w") as nowhere, pytest.raises(ValueError, match="another vocabulary"):
+        run(composed("lm_softmax", f"weights={checkpoint}", "seed=1"), Console(file=nowhere))
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ class Recorder:
     def __init__(self):
         self.entries = []
 
-    def resume(self, update):
+    def resume(self, update, evaluated=True):
         self.entries = [entry for entry in self.entries if entry[0] <= update]
 
     def log(self, update, metrics):

@@ -1,6 +1,8 @@
 """What every image data set offers to a task: its facts and its loaders."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -27,3 +29,8 @@ class ImageData(LoadedData):
     image_size: int
     channels: int
     sizes: dict[str, int]
+
+    @cached_property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Tells data sets apart, wherever their files lie; see `LoadedData`."""

@@ -1,14 +1,16 @@
 """Image data sets too large for memory: loaders over timm's data sets and transforms."""
 
 import random
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.dataset import ImageDataset
 from timm.data.distributed_sampler import RepeatAugSampler
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from multimax.data.images.augmentation import random_erase
 from multimax.data.images.base import Batch, ImageData
+from multimax.data.images.listing import listing
 from multimax.data.loading import (
     EvalLoader,
     TrainLoader,
@@ -24,6 +27,8 @@ from multimax.data.loading import (
     derive_seed,
     share,
 )
+from multimax.data.workers import DataError, WorkerLoader
+from multimax.files import digest_parts
 
 
 @dataclass
@@ -46,6 +51,12 @@ class FileImageData(ImageData):
     random_erasing: float
     repeated_augmentation: int
     num_workers: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the classes, and of what `listing` says of each split."""
+        parts = [part for images in self.splits.values() for part in listing(images)]
+        return digest_parts([*self.class_names, *parts])
 
     def make_train_loader(self, *arguments: Any) -> TrainLoader:
         return _FileTrainLoader(self, *arguments)
@@ -119,7 +130,7 @@ def image_loader(
     dataset: Dataset[Any], batch_size: int, workers: int, device: torch.device, seed: int = 0
 ) -> DataLoader:
     """Batches of the data set in order, uint8 in CPU memory; `seed` is that of the workers."""
-    return DataLoader(
+    return WorkerLoader(
         dataset,
         batch_size,
         num_workers=workers,
@@ -127,17 +138,7 @@ def image_loader(
         pin_memory=device.type == "cuda",
         # Its own, so that the worker seeds are not drawn from the global random state.
         generator=torch.Generator().manual_seed(seed),
-        worker_init_fn=_ignore_signals,
     )
-
-
-def _ignore_signals(_worker: int) -> None:
-    """Leave a wish to stop to the main process, which still needs batches until it has saved.
-
-    A worker ends with its loader, or when its parent has gone.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 class _Images(Dataset):
@@ -157,16 +158,31 @@ class _Images(Dataset):
         """RGB image and label.
 
         Raises:
-            ValueError: the file is damaged.
+            DataError: the file is damaged, or has more pixels than Pillow reads.
         """
         try:
-            image, label = self.dataset[index]
-        except RuntimeError as error:
-            if not isinstance(self.dataset, ImageDataset):
-                raise
-            file = self.dataset.filename(index, absolute=True)
-            raise ValueError(f"image {file} cannot be read: replace it") from error
+            image, label = self._decode(index)
+        except Exception as error:  # the decoders of a dozen formats have no common class
+            reason = str(error) or type(error).__name__
+            raise DataError(
+                f"{self._place(index)} cannot be read ({reason}): replace it"
+            ) from error
         return image if image.mode == "RGB" else image.convert("RGB"), label
+
+    def _decode(self, index: int) -> tuple[Any, int]:
+        if not isinstance(self.dataset, ImageDataset):
+            return self.dataset[index]
+        # timm's own way would put the next image in the place of a damaged one.
+        stream, label = cast(Any, self.dataset.reader)[index]
+        return Image.open(stream).convert("RGB"), -1 if label is None else label
+
+    def _place(self, index: int) -> str:
+        if isinstance(self.dataset, ImageDataset):
+            name = self.dataset.filename(index, absolute=True)
+            root = Path(str(getattr(self.dataset.reader, "root", "")))
+            return f"image {name} in {root}" if root.suffix == ".tar" else f"image {name}"
+        samples = getattr(self.dataset, "samples", None)
+        return f"image {samples[index][0]}" if samples else f"image number {index}"
 
 
 class _AugmentedImages(_Images):

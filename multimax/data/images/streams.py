@@ -16,6 +16,7 @@ from multimax.data.loading import (
     batches_per_epoch,
     derive_seed,
 )
+from multimax.data.workers import DataError
 
 
 @dataclass
@@ -125,7 +126,7 @@ class _Examples(IterableDataset):
             if index < self.skipped:
                 continue
             if not 0 <= label < self.num_classes:
-                raise ValueError(
+                raise DataError(
                     f"an image has the label {label}, of {self.num_classes} classes: "
                     f"type data.num_classes={label + 1} or more, or mend the labels"
                 )
@@ -147,7 +148,14 @@ def _read(reader: Any) -> Iterator[tuple[Any, int]]:
         if "handler" in getattr(stage, "kw", ()):
             stage.kw["handler"] = _raise  # timm's would leave out what is damaged
             stage.args = tuple(_naming(decode) for decode in stage.args)
-    yield from reader
+    try:
+        yield from reader
+    except DataError:
+        raise
+    except Exception as error:  # of a decoder, a file system or a network
+        raise DataError(
+            f"the stream of images breaks off ({error!r}): replace that shard, or try again"
+        ) from error
 
 
 def _raise(error: Exception) -> bool:
@@ -162,7 +170,7 @@ def _naming(decode: Callable[[dict], Any]) -> Callable[[dict], Any]:
             return decode(sample)
         except Exception as error:
             place = f"{sample['__key__']} in {sample['__url__']}"
-            raise ValueError(f"example {place} cannot be read ({error!r}): replace it") from error
+            raise DataError(f"example {place} cannot be read ({error!r}): replace it") from error
 
     return named
 

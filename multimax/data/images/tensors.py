@@ -5,6 +5,7 @@ import io
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from multimax.data.loading import (
     derive_seed,
     share,
 )
+from multimax.files import digest_parts
 from multimax.options import Probability, Whole, checked
 
 FASHION_MNIST_CLASSES = (
@@ -60,6 +62,12 @@ class TensorImageData(ImageData):
     augmentation: Augmentation
     mean: Tensor
     std: Tensor
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all pixels and labels."""
+        tensors = [tensor for split in self.splits.values() for tensor in split]
+        return digest_parts([*self.splits, *(tensor.numpy().tobytes() for tensor in tensors)])
 
     def make_train_loader(self, *arguments: Any) -> TrainLoader:
         return _TensorTrainLoader(self, *arguments)
@@ -176,6 +184,8 @@ def _read_split(root: Path, begin: str) -> tuple[np.ndarray, np.ndarray]:
             f"{root}: {len(images)} images but {len(labels)} labels in the {begin}-* files: "
             f"they do not belong together; {_IDX_SOURCE}"
         )
+    if not images.size:
+        raise ValueError(f"{root}: the {begin}-* files hold no images; {_IDX_SOURCE}")
     if images.shape[1] != images.shape[2]:
         raise ValueError(f"{root}: images must be square, got {images.shape[1:]} pixels")
     return images, labels

@@ -1,8 +1,10 @@
 """Image data sets that timm reads, with DeiT's augmentation: ImageNet in folders, and others."""
 
+import os
+import tarfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, Field
 from timm.data.dataset import ImageDataset
@@ -137,12 +139,38 @@ def _open(dataset: str, root: str | Path | None, split: str) -> Any:
     place = next((place for place in places if place.exists()), None)
     if place is None:
         raise FileNotFoundError(f"there is no {places[0]}: {_FOLDERS}")
+    if place.is_file():
+        return _open_tar(place)
     try:
         images = ImageDataset(str(place))
     except RuntimeError as error:  # timm's, for a folder without images
         raise FileNotFoundError(f"{error}; {_FOLDERS}") from error
-    images._max_retries = 1  # timm would put the next image in the place of a damaged one
+    _check_folders(place, images)
     return images
+
+
+def _open_tar(place: Path) -> ImageDataset:
+    try:
+        images = ImageDataset(str(place))
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{place} is truncated or damaged ({error}): copy it again") from error
+    except ValueError as error:  # timm's way with an archive in which it finds nothing
+        raise ValueError(f"there is no image in {place}; {_FOLDERS}") from error
+    return images
+
+
+def _check_folders(place: Path, images: ImageDataset) -> None:
+    """Raise ValueError for a folder of a class that has no image, which timm would leave out."""
+    start = len(str(place)) + 1
+    samples = cast(Any, images.reader).samples
+    filled = {path[start:].split(os.sep, 1)[0] for path, _ in samples}
+    with os.scandir(place) as entries:
+        found = [entry.name for entry in entries if entry.is_dir() and entry.name[0] != "."]
+    if empty := sorted(set(found) - filled):
+        raise ValueError(
+            f"{len(empty)} class folder(s) of {place} have no image, such as {empty[0]}: fill "
+            "them, or delete them in all splits"
+        )
 
 
 def _open_named(dataset: str, root: str | Path | None, split: str) -> Any:
@@ -161,9 +189,7 @@ def _open_named(dataset: str, root: str | Path | None, split: str) -> Any:
             raise ValueError(f"{_unknown_size(dataset, split)} ({error})") from error
         # missing files, an unknown name
         raise FileNotFoundError(f"{dataset} cannot be read from {root}: {error}") from error
-    if isinstance(images, ImageDataset):
-        images._max_retries = 1
-    elif kind in _SIZES:
+    if kind in _SIZES:
         _check_stream(images, dataset, split)
     return images
 

@@ -18,6 +18,7 @@ from multimax.data.loading import SPLITS, LoadedData
 from multimax.data.pairs.batches import Pairs, Sentences, TokenEvalLoader, TokenTrainLoader
 from multimax.data.text.files import byte_pairs
 from multimax.data.vocabulary import BytePairs, BytePairSize, MosesSubwords, PairVocabulary
+from multimax.files import digest_parts
 from multimax.options import checked
 
 CHUNK = 2_000  # lines that are held as text at a time
@@ -61,6 +62,7 @@ class PairData(LoadedData):
     Attributes:
         name, sizes: as in `LoadedData`.
         languages: of source and target.
+        fingerprint: as in `LoadedData`.
         splits: "train", "valid" and "test".
         references: target lines of "valid" and "test".
         left_out: how many pairs of a split were left out, by reason.
@@ -68,6 +70,7 @@ class PairData(LoadedData):
 
     name: str
     languages: Languages
+    fingerprint: str = ""
     sizes: dict[str, int] = field(default_factory=dict)
     splits: dict[str, Pairs] = field(default_factory=dict)
     references: dict[str, list[str]] = field(default_factory=dict)
@@ -117,6 +120,13 @@ class PairSource(ABC):
     def read(self, split: str) -> Iterator[Line]:
         """The lines of a split."""
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the lines of all splits; see `LoadedData`."""
+        return digest_parts(
+            part for split in SPLITS for line in [(split, ""), *self.read(split)] for part in line
+        )
+
     def load(self) -> PairData:
         """Read and encode everything.
 
@@ -124,7 +134,7 @@ class PairSource(ABC):
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged or not what it should be.
         """
-        data = PairData(self.name, self.languages)
+        data = PairData(self.name, self.languages, self.fingerprint)
         for split in SPLITS:
             self._load(split, data)
         return data

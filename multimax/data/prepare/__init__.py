@@ -1,9 +1,12 @@
 """One-time preparation of the paper's data sets from their official archives."""
 
 import argparse
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that name no file
 
 
 def run_command_line(prepare: Callable[..., Any], description: str, archive: str) -> None:
@@ -21,4 +24,7 @@ def run_command_line(prepare: Callable[..., Any], description: str, archive: str
     try:
         prepare(arguments.archive, arguments.folder)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        full = isinstance(error, OSError) and error.errno in FULL_DISK
+        named = "while writing" in str(error)
+        remedy = f" while writing {arguments.folder}: free some space, and run this again"
+        raise SystemExit(f"error: {error}{remedy if full and not named else ''}") from error

@@ -3,6 +3,7 @@
 python -m multimax.data.prepare.wikitext103 wikitext-103-v1.zip FOLDER
 """
 
+import hashlib
 import io
 import zipfile
 import zlib
@@ -10,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def prepare(
         ValueError: it is truncated, damaged, not UTF-8, or has other sizes.
         OSError: a file cannot be written.
     """
-    facts = {"format": FORMAT, "tokens": {}, "bytes": {}}
+    facts = {"format": FORMAT, "tokens": {}, "bytes": {}, "digests": {}}
     counts: Counter[str] = Counter()
     for split in SPLITS:
         tokens = size = 0
@@ -76,22 +77,32 @@ def prepare(
     (folder / FACTS).unlink(missing_ok=True)
     write_atomically(folder / VOCABULARY, lambda stream: stream.write(text.encode()))
     for split in SPLITS:
-        _write_tokens(archive, folder, split, vocabulary, facts["tokens"][split])
-        report(f"{folder / f'{split}.npy'} written")
+        path = folder / f"{split}.npy"
+        tokens = facts["tokens"][split]
+        facts["digests"][split] = _write_tokens(archive, path, split, vocabulary, tokens)
+        report(f"{path} written")
     write_json(folder / FACTS, facts | {"vocabulary": vocabulary.fingerprint})
 
 
 def _write_tokens(
-    archive: Path, folder: Path, split: str, vocabulary: WordVocabulary, tokens: int
-) -> None:
-    stream = np.lib.format.open_memmap(folder / f"{split}.npy", "w+", np.int32, (tokens,))
-    position = 0
-    with _lines(archive, split) as lines:
-        for line in lines:
-            ids = [*vocabulary.encode_line(line), vocabulary.eos_index]
-            stream[position : position + len(ids)] = ids
-            position += len(ids)
-    stream.flush()
+    archive: Path, path: Path, split: str, vocabulary: WordVocabulary, tokens: int
+) -> str:
+    """Write the tokens of a split, of which a line is in memory at a time; their digest."""
+    total = hashlib.sha256()
+    header = {"descr": "<i4", "fortran_order": False, "shape": (tokens,)}
+
+    def write(stream: BinaryIO) -> None:
+        np.lib.format.write_array_header_1_0(stream, header)
+        with _lines(archive, split) as lines:
+            for line in lines:
+                ids = [*vocabulary.encode_line(line), vocabulary.eos_index]
+                content = np.array(ids, dtype="<i4").tobytes()
+                total.update(content)
+                stream.write(content)
+
+    # Not a memory map: on a full disk, that one kills the process without a word.
+    write_atomically(path, write, "Free some space and prepare the data again")
+    return total.hexdigest()[:16]
 
 
 @contextmanager

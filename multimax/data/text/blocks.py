@@ -50,6 +50,7 @@ class TextData(LoadedData):
         streams: (tokens,) integers by split, possibly memory-mapped.
         words: words between white space plus lines, by split: what perplexity per word is over.
         bytes: size of the text in UTF-8, by split.
+        fingerprint: as in `LoadedData`.
         sizes: number of tokens by split; each is a target once.
 
     Raises:
@@ -63,6 +64,7 @@ class TextData(LoadedData):
     streams: dict[str, np.ndarray]
     words: dict[str, int]
     bytes: dict[str, int]
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         self.sizes: dict[str, int] = {split: len(stream) for split, stream in self.streams.items()}

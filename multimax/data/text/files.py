@@ -16,7 +16,7 @@ from multimax.data.loading import SPLITS
 from multimax.data.text.blocks import TextData
 from multimax.data.text.source import TextSource
 from multimax.data.vocabulary import BytePairSize, BytePairVocabulary
-from multimax.files import digest, user_cache, write_atomically
+from multimax.files import digest, digest_parts, user_cache, write_atomically
 from multimax.options import Count, Whole, checked
 
 
@@ -55,6 +55,11 @@ class TextFileSource(TextSource):
     def vocabulary(self) -> BytePairVocabulary:
         return byte_pairs(read_lines(self.file("train")), self.vocabulary_size, self.cache)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the text of all splits."""
+        return digest_parts("\n".join(read_lines(self.file(split))) for split in SPLITS)
+
     def load(self) -> TextData:
         streams, words, sizes = {}, {}, {}
         files = {split: self.file(split) for split in SPLITS}
@@ -67,7 +72,9 @@ class TextFileSource(TextSource):
             words[split] = sum(len(line.split()) + 1 for line in lines)
             sizes[split] = sum(len(line.encode()) + 1 for line in lines)
         sizes_of_blocks = self.block_size, self.context_window
-        return TextData(self.name, vocabulary, *sizes_of_blocks, streams, words, sizes)
+        return TextData(
+            self.name, vocabulary, *sizes_of_blocks, streams, words, sizes, self.fingerprint
+        )
 
 
 class Wikipedia(TextFileSource):
@@ -156,6 +163,12 @@ def byte_pairs(lines: list[str], size: int, cache: str | None = None) -> BytePai
         write_atomically(path, lambda stream: stream.write(content), remedy, several_writers=True)
         return vocabulary
     try:
-        return BytePairVocabulary(Tokenizer.from_file(str(path)))
+        content = path.read_text()
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror} while reading {path}: set data.cache to another folder"
+        ) from error
+    try:
+        return BytePairVocabulary(Tokenizer.from_str(content))
     except Exception as error:  # the package raises nothing more special
         raise ValueError(f"{path} is no vocabulary ({error}): delete it") from error

@@ -36,6 +36,15 @@ class TextSource(ABC):
             FileNotFoundError, ValueError: as `load`.
         """
 
+    @cached_property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Tells data sets apart, wherever their files lie; see `LoadedData`.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load`.
+        """
+
     @abstractmethod
     def load(self) -> TextData:
         """Read everything.

@@ -10,6 +10,7 @@ from multimax.data.loading import SPLITS
 from multimax.data.text.blocks import TextData
 from multimax.data.text.source import TextSource
 from multimax.data.vocabulary import WordVocabulary
+from multimax.files import digest
 from multimax.options import Count, Whole, checked
 
 FORMAT = 1
@@ -42,10 +43,20 @@ class WikiText103(TextSource):
         path = self.root / FACTS
         if not path.is_file():
             raise FileNotFoundError(f"there is no {path}, as a prepared folder has; {PREPARE}")
-        facts = json.loads(path.read_text())
+        try:
+            facts = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); {PREPARE}") from error
+        if not isinstance(facts, dict):
+            raise ValueError(f"{path} holds no facts; {PREPARE}")
         if facts.get("format") != FORMAT:
             raise ValueError(f"{path} has format {facts.get('format')}, not {FORMAT}; {PREPARE}")
         return facts
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the facts: numbers of tokens and bytes, the vocabulary, and digests of the tokens."""
+        return digest(json.dumps(self._facts, sort_keys=True))
 
     @cached_property
     def vocabulary(self) -> WordVocabulary:
@@ -67,6 +78,7 @@ class WikiText103(TextSource):
             {split: self._stream(split, tokens[split]) for split in SPLITS},
             words=tokens,  # every word is a token, and so is every line end
             bytes=self._facts["bytes"],
+            fingerprint=self.fingerprint,
         )
 
     def _stream(self, split: str, tokens: int) -> np.ndarray:

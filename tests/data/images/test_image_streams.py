@@ -348,7 +348,7 @@ def test_damage_is_reported_and_not_left_out(tmp_path):
     with pytest.raises(ValueError, match=r"example val/000004 in .*/val-0001\.tar cannot be read"):
         list(build(tmp_path).eval_loader("valid", 2, 0, 1, "cpu"))
     shard.write_bytes(content[:place])
-    with pytest.raises(tarfile.ReadError, match="val-0001"):
+    with pytest.raises(ValueError, match=r"breaks off .*val-0001"):
         list(build(tmp_path).eval_loader("valid", 2, 0, 1, "cpu"))
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"1 shards are missing, such as .*/val-0001\.tar"):

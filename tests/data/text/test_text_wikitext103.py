@@ -1,4 +1,5 @@
 import random
+import resource
 import sys
 import zipfile
 from collections import Counter
@@ -177,6 +178,38 @@ def test_preparing_anew_takes_the_facts_away_first(prepared, archive, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         prepare(archive, prepared, EXPECTED, report=lambda line: None)
     with pytest.raises(FileNotFoundError, match=r"no .*facts\.json"):
+        build_text_source("wikitext103", root=prepared, **SIZES).load()
+
+
+def test_preparing_on_a_full_disk(archive, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        with pytest.raises(OSError, match=r"too large while writing .*train\.npy; .*Free some"):
+            prepare(archive, tmp_path / "prepared", EXPECTED, report=lambda line: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in (tmp_path / "prepared").iterdir()] == ["dict.txt"]
+    prepare(archive, tmp_path / "prepared", EXPECTED, report=lambda line: None)
+
+
+def test_the_fingerprint_is_of_the_tokens_wherever_they_are(prepared, archive, tmp_path):
+    def fingerprint(root):
+        return build_text_source("wikitext103", root=root, **SIZES).fingerprint
+
+    before = fingerprint(prepared)
+    assert fingerprint(prepared.rename(tmp_path / "moved")) == before
+    swapped = TEXTS["valid"].replace("東京", "w1", 1)  # as many tokens, and as many words
+    size = dict(TEXTS, valid=swapped)
+    other = write_archive(tmp_path / "other.zip", size)
+    prepare(other, tmp_path / "other", EXPECTED, report=lambda line: None)
+    assert fingerprint(tmp_path / "other") != before
+
+
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_damaged_facts(prepared, content):
+    (prepared / "facts.json").write_text(content)
+    with pytest.raises(ValueError, match=r"facts\.json .*; prepare it with"):
         build_text_source("wikitext103", root=prepared, **SIZES).load()
 
 

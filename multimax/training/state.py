@@ -1,0 +1,162 @@
+"""What training changes: model, average, optimizer and position of a run, in memory and on disk."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from timm.utils import ModelEmaV3
+
+from multimax.files import load_checkpoint, save_checkpoint
+from multimax.tasks.base import Task
+from multimax.training.checkpoints import (
+    Inputs,
+    Position,
+    check_complete,
+    check_inputs,
+    check_position,
+    load_weights,
+    restore_optimizer,
+    weights,
+)
+from multimax.training.config import Config
+from multimax.training.optimization import GradientClipping, LearningRate, build_optimizer
+from multimax.training.random_state import random_state
+
+
+class RunState:
+    """The state of a run, which `save` writes and `resume` takes over.
+
+    Args:
+        task: data, model and loss.
+        config: the composed configuration; `trainer`, `optimizer`, `schedule` and `seed` are read.
+        folder: the run folder; `last.pt` and `best.pt` are written there.
+        accelerator: devices, processes and precision.
+        first_weights: digest of the file that the model's weights came from; None if they are new.
+
+    Raises:
+        ValueError: the training data gives no update, or an option of the optimizer is wrong.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        config: Config,
+        folder: Path,
+        accelerator: Accelerator,
+        first_weights: str | None = None,
+    ) -> None:
+        self.task: Task = task
+        self.config: Config = config
+        self.folder: Path = folder
+        self.accelerator: Accelerator = accelerator
+        self.inputs: Inputs = Inputs(task.data_fingerprint, first_weights)
+        options = config.trainer
+        self.accumulation: int = options.accumulation
+        self.updates_per_epoch: int = len(task.train_loader) // self.accumulation
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f"trainer.batch_size={options.batch_size} is more than the training data: "
+                f"trainer.accumulation={self.accumulation} needs as many batches, of which there "
+                f"are {len(task.train_loader)}; use a smaller trainer.batch_size"
+            )
+        if options.report == "best" and self.monitored_split not in task.splits:
+            raise ValueError(
+                f"trainer.report=best needs a split {self.monitored_split!r}, of which the data "
+                "has none: use trainer.report=last"
+            )
+        self.updates_per_unit: int = self.updates_per_epoch if options.epochs else 1
+        length = options.epochs or options.updates or 0
+        self.total_updates: int = length * self.updates_per_unit
+        self.position: Position = Position()
+
+        task.model.to(accelerator.device)
+        decay = options.ema_decay
+        self.ema: ModelEmaV3 | None = None if decay is None else ModelEmaV3(task.model, decay=decay)
+        if options.compile:
+            task.model.compile()
+        optimizer = build_optimizer(task.model, config.optimizer)
+        schedule = config.schedule, length, self.updates_per_unit
+        self.learning_rate: LearningRate = LearningRate(optimizer, *schedule)
+        self.clip: GradientClipping = GradientClipping(task.model, options.clip_norm)
+        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
+        self.saved_random_state: dict[str, Any] | None = None
+
+    @property
+    def monitored_split(self) -> str:
+        """The split of the task's monitored metric; without it there is no best checkpoint."""
+        return self.task.monitor.partition("/")[0]
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The whole state of the run, to resume from."""
+        return self.folder / "last.pt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The weights at the best value of the task's monitored metric."""
+        return self.folder / "best.pt"
+
+    def save(self) -> None:
+        """Write `last.pt`: all that resuming needs, of all processes."""
+        random_states = gather_object([random_state()])
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = self._weights() | {
+                "updates_per_epoch": self.updates_per_epoch,
+                "optimizer_name": self.config.optimizer.name,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "random_states": random_states,
+            }
+            save_checkpoint(self.last_checkpoint, state)
+        self.accelerator.wait_for_everyone()
+
+    def save_best(self) -> None:
+        """Write `best.pt`: the weights as they are now."""
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.best_checkpoint, self._weights())
+
+    def load_best(self) -> None:
+        """Put the weights of `best.pt` into the model."""
+        self._load_weights(load_checkpoint(self.best_checkpoint), self.best_checkpoint)
+
+    def resume(self, path: Path) -> bool:
+        """Take over the state that `save` wrote; the optimizer keeps the settings it has here.
+
+        Returns:
+            Whether it is this run's own state; else it is that of a run that this one goes on from.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a checkpoint of this configuration, or it is of other data.
+        """
+        own = path.resolve() == self.last_checkpoint.resolve()
+        state = load_checkpoint(path)
+        check_complete(state, path)
+        check_inputs(state["inputs"], self.inputs, path, own)
+        length = self.total_updates, self.config.trainer.epochs is not None
+        position = check_position(state, path, self.updates_per_epoch, *length)
+        self._load_weights(state, path)
+        restore_optimizer(self.optimizer, self.config.optimizer.name, state, path)
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if not own:
+            resumed = f"resumed from {path} at update {position.update}"
+            position.origin = "; ".join(filter(None, (position.origin, resumed)))
+        if not own or not self.best_checkpoint.exists():  # it stayed in another folder
+            position.best, position.best_update = None, 0
+            position.due |= position.update == self.total_updates
+        self.position = position
+        states = state["random_states"]
+        if position.epoch_update and len(states) == self.accelerator.num_processes:
+            self.saved_random_state = states[self.accelerator.process_index]
+        return own
+
+    def _weights(self) -> dict[str, Any]:
+        ema = None if self.ema is None else self.ema.module
+        return weights(self.task.model, ema, self.position, self.task.fingerprint, self.inputs)
+
+    def _load_weights(self, state: dict[str, Any], path: Path) -> None:
+        ema = None if self.ema is None else self.ema.module
+        load_weights(self.task.model, ema, state, self.task.fingerprint, path)

@@ -1,0 +1,414 @@
+"""A run belongs to its data and to its first weights; another one does not go on from it."""
+
+import gzip
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import assert_same, only, outcome, run_quietly, state, tiny_config
+
+from multimax.data.images import build_image_data
+from multimax.data.pairs import build_pair_source
+from multimax.data.text import build_text_source
+from multimax.files import load_checkpoint, save_checkpoint
+from multimax.tasks import data_fingerprint
+from multimax.training.config import config_hash, read_config
+from multimax.training.trainer import InterruptedRunError, Trainer
+
+# The weights stay as they are.
+STILL = ("optimizer.lr=1e-20", "schedule.warmup_lr=0", "schedule.min_lr=0")
+
+
+def write_images(root, seed=0, count=120):
+    """Fashion-MNIST's four files, with noise."""
+    root.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for begin, size in (("train", count), ("t10k", 40)):
+        pixels = rng.integers(0, 256, (size, 28, 28), dtype=np.uint8)
+        images = struct.pack(">4I", 0x803, size, 28, 28) + pixels.tobytes()
+        labels = struct.pack(">2I", 0x801, size) + bytes(i % 10 for i in range(size))
+        (root / f"{begin}-images-idx3-ubyte").write_bytes(images)
+        (root / f"{begin}-labels-idx1-ubyte").write_bytes(labels)
+    return root
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Composes a run on files that `write_images` made."""
+
+    def make(root, *overrides):
+        data = "data=fashion_mnist", f"data.root={root}", "data.valid_size=40"
+        return tiny_config(tmp_path / "out", *data, *overrides)
+
+    return make
+
+
+def interrupted(config, monkeypatch, update):
+    """Stop a run after an update, with its state on disk."""
+    real = Trainer._update
+
+    def update_and_stop(self, group):
+        self._stop.requested |= self.position.update + 1 == update
+        return real(self, group)
+
+    with monkeypatch.context() as context:
+        context.setattr(Trainer, "_update", update_and_stop)
+        with pytest.raises(InterruptedRunError, match=f"after update {update}$"):
+            run_quietly(config)
+
+
+def test_a_result_of_other_data_is_not_shown(tmp_path, config):
+    one, other = write_images(tmp_path / "one"), write_images(tmp_path / "other", seed=1)
+    first = run_quietly(config(one))
+    assert first["inputs"] == {"data": data_fingerprint(read_config(config(one))), "weights": None}
+    with pytest.raises(ValueError, match=r"result\.json is of other data .*resume=never keeps it"):
+        run_quietly(config(other))
+    with pytest.raises(FileNotFoundError, match=r"neither .*nowhere"):
+        run_quietly(config(tmp_path / "nowhere"))
+    assert run_quietly(config(one)) == first
+    one.rename(tmp_path / "moved")
+    assert run_quietly(config(tmp_path / "moved")) == first
+    second = run_quietly(config(other, "resume=never"))
+    assert second["inputs"] != first["inputs"]
+    assert second["config_hash"] == first["config_hash"]
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path, config, monkeypatch):
+    one, other = write_images(tmp_path / "one"), write_images(tmp_path / "other", seed=1)
+    interrupted(config(one), monkeypatch, 3)
+    checkpoint, recorded = only(tmp_path, "last.pt"), only(tmp_path, "config.yaml").read_text()
+    for resume in ("auto", str(checkpoint)):
+        with pytest.raises(ValueError, match=r"last\.pt is of other data .*weights="):
+            run_quietly(config(other, f"resume={resume}"))
+        assert only(tmp_path, "config.yaml").read_text() == recorded
+    one.rename(tmp_path / "moved")
+    result = run_quietly(config(tmp_path / "moved"))
+    assert (result["updates"], result["origin"]) == (4, None)
+
+
+FINGERPRINTS = {
+    "images": lambda root: build_image_data("fashion_mnist", root=root, valid_size=10),
+    "folders": lambda root: build_image_data("timm", root=root / "folders", num_workers=0),
+    "text": lambda root: build_text_source(
+        "text_files", root=root, vocabulary_size=300, block_size=8, context_window=0
+    ),
+    "pairs": lambda root: build_pair_source("iwslt14", root=str(root)),
+}
+
+
+def write_everything(root):
+    write_images(root)
+    for split in ("train", "valid", "test"):
+        (root / f"{split}.txt").write_text(f"some words of {split}\n" * 9)
+        (root / f"{split}.de").write_text("ein satz\n")
+        (root / f"{split}.en").write_text("a sentence\n")
+    for split in ("train", "val"):
+        for label in "ab":
+            (root / "folders" / split / label).mkdir(parents=True)
+            (root / "folders" / split / label / "1.png").write_bytes(b"12345")
+    return root
+
+
+CHANGES = {
+    "images": ("t10k-images-idx3-ubyte", lambda old: old[:-1] + bytes([old[-1] ^ 1])),
+    "folders": ("folders/val/b/1.png", lambda old: old + b"6"),
+    "text": ("test.txt", lambda old: old.replace(b"words", b"worms", 1)),
+    "pairs": ("valid.de", lambda old: b"ein setz\n"),
+}
+
+
+@pytest.mark.parametrize("kind", FINGERPRINTS)
+def test_a_fingerprint_is_of_the_content_alone(tmp_path, kind):
+    make, (name, change) = FINGERPRINTS[kind], CHANGES[kind]
+    root = write_everything(tmp_path / "root")
+    before = make(root).fingerprint
+    assert len(before) == 16
+    root.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", root)
+    assert make(root).fingerprint == make(tmp_path / "moved").fingerprint == before
+    (root / name).write_bytes(change((root / name).read_bytes()))
+    assert make(root).fingerprint != before
+
+
+def test_zipped_text_is_the_same_data(tmp_path):
+    root = write_everything(tmp_path / "root")
+    before = FINGERPRINTS["text"](root).fingerprint
+    content = (root / "valid.txt").read_bytes()
+    (root / "valid.txt").unlink()
+    (root / "valid.txt.gz").write_bytes(gzip.compress(content))
+    assert FINGERPRINTS["text"](root).fingerprint == before
+
+
+def test_a_renamed_image_is_other_data(tmp_path):
+    root = write_everything(tmp_path / "root")
+    before = FINGERPRINTS["folders"](root).fingerprint
+    (root / "folders" / "train" / "a" / "1.png").rename(root / "folders" / "train" / "a" / "2.png")
+    assert FINGERPRINTS["folders"](root).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("attention.temperature=1", "attention.temperature=1.0"), ("loss.mixup=0", "loss.mixup=0.0")],
+)
+def test_spelling_does_not_make_another_run(tmp_path, one, other):
+    configs = [read_config(tiny_config(tmp_path, "attention=softmax", o)) for o in (one, other)]
+    assert config_hash(configs[0]) == config_hash(configs[1])
+
+
+def test_begin_with_weights(tmp_path):
+    """The weights of a run, in a run of its own; not its optimizer, and not its position."""
+    run_quietly(tiny_config(tmp_path / "one", "optimizer.lr=1e-2"))
+    best = only(tmp_path / "one", "best.pt")
+    options = f"weights={best}", *STILL
+    result = run_quietly(tiny_config(tmp_path / "two", *options))
+    assert_same(state(tmp_path / "two")["model"], load_checkpoint(best)["model"])
+    assert (result["updates"], result["origin"]) == (4, f"weights of {best}")
+    assert result["config"]["weights"] == str(best)
+    fresh = run_quietly(tiny_config(tmp_path / "two", *options[1:]))
+    assert fresh["config_hash"] != result["config_hash"]
+    assert run_quietly(tiny_config(tmp_path / "two", *options)) == result
+    shutil.copy(only(tmp_path / "one", "last.pt"), best)
+    with pytest.raises(ValueError, match=r"result\.json began with other weights"):
+        run_quietly(tiny_config(tmp_path / "two", *options))
+
+
+def test_a_run_that_began_with_weights_resumes(tmp_path, monkeypatch):
+    run_quietly(tiny_config(tmp_path / "one", "optimizer.lr=1e-2"))
+    option = f"weights={only(tmp_path / 'one', 'best.pt')}"
+    whole = run_quietly(tiny_config(tmp_path / "whole", option))
+    interrupted(tiny_config(tmp_path / "parts", option), monkeypatch, 3)
+    parts = run_quietly(tiny_config(tmp_path / "parts", option))
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    assert parts["origin"] == whole["origin"]
+
+
+def test_softmax_goes_on_with_multimax(tmp_path):
+    """Only scalars of normalizers may be missing: they begin as configured."""
+    softmax = "attention=softmax", "output=softmax"
+    run_quietly(tiny_config(tmp_path / "one", *softmax))
+    weights = only(tmp_path / "one", "best.pt")
+    identity = "attention.init=identity", "output.init=identity"
+    result = run_quietly(tiny_config(tmp_path / "two", f"weights={weights}", *STILL, *identity))
+    assert result["origin"] == f"weights of {weights}; 4 normalizer scalars as configured"
+    expected = run_quietly(tiny_config(tmp_path / "three", f"weights={weights}", *softmax, *STILL))
+    assert result["metrics"]["test"]["loss"] == pytest.approx(
+        expected["metrics"]["test"]["loss"], rel=1e-5
+    )
+    multimax = only(tmp_path / "two", "last.pt")
+    with pytest.raises(ValueError, match=r"weights=.* 4 are not known here .*use the model and"):
+        run_quietly(tiny_config(tmp_path / "four", f"weights={multimax}", *softmax))
+
+
+def test_official_and_converted_checkpoints_begin_a_run(tmp_path):
+    from argparse import Namespace
+
+    from multimax.models.official_names import to_official_state_dict
+    from multimax.tasks import build_task
+
+    config = read_config(tiny_config(tmp_path / "one"))
+    model = build_task(config, 0, 1, torch.device("cpu")).model
+    official = {"model": to_official_state_dict(model), "args": Namespace(lr=1), "epoch": 3}
+    converted = {"class": "X", "options": {}, "model": model.state_dict()}
+    for name, content in (("official.pth", official), ("converted.pt", converted)):
+        torch.save(content, tmp_path / name)
+        options = f"weights={tmp_path / name}", *STILL
+        run_quietly(tiny_config(tmp_path / name[:-4], *options))
+        trained = dict(state(tmp_path / name[:-4])["model"])
+        torch.testing.assert_close(trained, dict(model.state_dict()), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        (None, (), r"weights=.*w\.pt must be a checkpoint file: there is none"),
+        ([1, 2], (), r"w\.pt holds a list, which is no checkpoint: give another one"),
+        ({"a": 1}, (), r"weights=.*w\.pt holds no weights"),
+        ({"a": torch.ones(2)}, (), r"weights=.* weights are missing there .* 1 are not known here"),
+        ({"a": torch.ones(2)}, ("resume=x.pt",), r"weights=.* and resume=x\.pt .*give one of them"),
+    ],
+)
+def test_what_cannot_begin_a_run(tmp_path, content, overrides, message):
+    path = tmp_path / "w.pt"
+    if content is not None:
+        torch.save(content, path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_quietly(tiny_config(tmp_path / "out", f"weights={path}", *overrides))
+    assert not list(tmp_path.rglob("last.pt"))
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """The last.pt of a run of Adam, stopped after update 3 of an epoch of 8."""
+    epochs = (
+        "data.valid_size=6000", "trainer.batch_size=250", "trainer.epochs=2",
+        "trainer.updates=null", "trainer.evaluate_every=1",
+    )  # fmt: skip
+    interrupted(tiny_config(tmp_path / "first", *epochs), monkeypatch, 3)
+    return only(tmp_path / "first", "last.pt"), epochs
+
+
+def test_settings_of_the_optimizer_are_those_of_the_run(tmp_path, stopped, monkeypatch):
+    path, epochs = stopped
+    options = {"lr": 2e-3, "weight_decay": 0.3, "eps": 1e-5, "betas": [0.8, 0.9]}
+    given = [f"++optimizer.{name}={value}".replace(" ", "") for name, value in options.items()]
+    seen = []
+    real = Trainer._update
+
+    def look(self, group):
+        metrics = real(self, group)
+        seen.append([dict(g, params=None) for g in self.optimizer.param_groups])
+        return metrics
+
+    monkeypatch.setattr(Trainer, "_update", look)
+    result = run_quietly(tiny_config(tmp_path / "second", *epochs, f"resume={path}", *given))
+    assert len(seen) == 16 - 3
+    plain, decayed = sorted(seen[0], key=lambda group: group["weight_decay"])
+    assert (plain["weight_decay"], decayed["weight_decay"]) == (0, 0.3)
+    for group in (plain, decayed):
+        assert (group["eps"], tuple(group["betas"])) == (1e-5, (0.8, 0.9))
+        assert group["initial_lr"] == 2e-3
+    assert result["config"]["optimizer"]["weight_decay"] == 0.3
+    assert result["origin"] == f"resumed from {path} at update 3"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.name=sgd", r"optimizer\.name=sgd, but .*last\.pt was trained with adamw"),
+        ("++optimizer.filter_bias_and_bn=false", r"set optimizer\.filter_bias_and_bn"),
+        ("trainer.batch_size=500", r"an epoch has 8 updates in .* and 4 here: .*batch_size"),
+        ("trainer.batch_size=125", r"an epoch has 8 updates in .* and 16 here: .*batch_size"),
+    ],
+)
+def test_what_cannot_change_is_refused(tmp_path, stopped, change, message):
+    path, epochs = stopped
+    with pytest.raises(ValueError, match=message):
+        run_quietly(tiny_config(tmp_path / "second", *epochs, f"resume={path}", change))
+    assert not list((tmp_path / "second").rglob("last.pt"))
+
+
+def test_accumulation_may_change_where_updates_stay(tmp_path, stopped):
+    path, epochs = stopped
+    options = *epochs, f"resume={path}", "trainer.accumulation=2"
+    result = run_quietly(tiny_config(tmp_path / "second", *options))
+    assert result["updates"] == 16
+
+
+def test_more_updates_than_the_run_has(tmp_path):
+    run_quietly(tiny_config(tmp_path / "one"))
+    path = only(tmp_path / "one", "last.pt")
+    with pytest.raises(ValueError, match=r"has 4 updates, more than the 2 .* trainer\.updates"):
+        run_quietly(tiny_config(tmp_path / "two", f"resume={path}", "trainer.updates=2"))
+
+
+@pytest.mark.parametrize("report", ["best", "last"])
+def test_resume_at_the_end(tmp_path, report):
+    first = run_quietly(tiny_config(tmp_path / "one"))
+    path = only(tmp_path / "one", "last.pt")
+    options = f"resume={path}", f"trainer.report={report}"
+    second = run_quietly(tiny_config(tmp_path / "two", *options))
+    assert second["metrics"] == first["metrics"]
+    assert (second["updates"], second["best"]["update"]) == (4, 4)
+    assert only(tmp_path / "two", "best.pt").exists()
+
+
+def test_what_a_folder_holds_is_set_aside_for_another_beginning(tmp_path, monkeypatch):
+    run_quietly(tiny_config(tmp_path / "one"))
+    interrupted(tiny_config(tmp_path / "two", "trainer.updates=6"), monkeypatch, 1)
+    path = only(tmp_path / "one", "last.pt")
+    result = run_quietly(tiny_config(tmp_path / "two", "trainer.updates=6", f"resume={path}"))
+    assert result["updates"] == 6
+    folder = only(tmp_path / "two", "result.json").parent
+    assert load_checkpoint(folder / "previous-1" / "last.pt")["position"]["update"] == 1
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert min(line["update"] for line in lines) > 4
+
+
+def spoil_result(folder):
+    (folder / "result.json").write_text("[1]")
+
+
+def old_result(folder):
+    result = json.loads((folder / "result.json").read_text())
+    del result["inputs"], result["training_seconds"]
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+def bytes_of_a_disk(folder):
+    (folder / "result.json").write_bytes(b"\xff\0\0")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_result, "is of an earlier version or damaged"),
+        (old_result, r"is of an earlier .* \(it lacks training_seconds, inputs\): "),
+        (bytes_of_a_disk, "is damaged"),
+    ],
+)
+def test_a_result_that_cannot_be_shown(tmp_path, spoil, message):
+    run_quietly(tiny_config(tmp_path))
+    folder = only(tmp_path, "result.json").parent
+    spoil(folder)
+    with pytest.raises(ValueError, match=rf"result\.json {message}.*resume=never"):
+        run_quietly(tiny_config(tmp_path))
+    run_quietly(tiny_config(tmp_path, "resume=never"))
+    assert (folder / "previous-1" / "result.json").exists()
+
+
+def test_numbering_has_gaps_and_the_identity_is_empty(tmp_path):
+    run_quietly(tiny_config(tmp_path))
+    folder = only(tmp_path, "result.json").parent
+    for name in ("previous-2", "previous-x"):
+        (folder / name).mkdir()
+    (folder / "wandb_id").write_text("")
+    run_quietly(tiny_config(tmp_path, "resume=never"))
+    assert (folder / "previous-3" / "result.json").exists()
+    assert len((folder / "wandb_id").read_text()) == 8
+
+
+def test_an_empty_identity_is_drawn_anew(tmp_path, monkeypatch):
+    interrupted(tiny_config(tmp_path), monkeypatch, 1)
+    file = only(tmp_path, "wandb_id")
+    known = file.read_text()
+    file.write_text(" \n")
+    interrupted(tiny_config(tmp_path), monkeypatch, 2)
+    drawn = file.read_text()
+    assert len(drawn) == 8 != len(known) or drawn != known
+    run_quietly(tiny_config(tmp_path))
+    assert file.read_text() == drawn
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list, which is no checkpoint"),
+        ({"model": {}}, r"cannot be resumed \(missing: ema, fingerprint, format"),
+        (None, r"is damaged .*give another last\.pt"),
+    ],
+)
+def test_a_checkpoint_that_is_none(tmp_path, monkeypatch, content, message):
+    interrupted(tiny_config(tmp_path), monkeypatch, 1)
+    path = only(tmp_path, "last.pt")
+    if content is None:
+        content = load_checkpoint(path)
+        content["position"] = {"updates": 1}
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"last\.pt {message}.*resume=never"):
+        run_quietly(tiny_config(tmp_path))
+
+
+def test_a_best_checkpoint_elsewhere_is_not_this_runs(tmp_path, monkeypatch):
+    interrupted(tiny_config(tmp_path, "trainer.updates=6"), monkeypatch, 3)
+    path = only(tmp_path, "last.pt")
+    checkpoint = load_checkpoint(path)
+    checkpoint["position"]["best"] = 99.0
+    save_checkpoint(path, checkpoint)
+    (path.parent / "best.pt").unlink()
+    result = run_quietly(tiny_config(tmp_path, "trainer.updates=6"))
+    assert 3 < result["best"]["update"] <= 6
+    assert Path(path.parent / "best.pt").exists()
