@@ -89,11 +89,11 @@ INLINE void threshold_backward_row(const real *p, const real *g, real *dx, int64
     real mean = weights > 0 ? (real)(total / weights) : 0;
 #pragma omp simd
     for (int64_t j = 0; j < n; j++) {
-        real w = weight_of(p[j], squared);
+        real w = squared ? SQUARE_ROOT(p[j]) : (real)(p[j] > 0 ? 1 : 0);
         dx[j] = w * (g[j] - mean);
     }
-    if (isnan(weights)) /* a row of NaN: nothing for what is masked in it */
-        for (int64_t j = 0; j < n; j++) dx[j] = p[j] == 0 ? 0 : dx[j];
+    if (isnan(weights)) /* a row of NaN, but for what is masked in it */
+        for (int64_t j = 0; j < n; j++) dx[j] = p[j] == 0 ? 0 : (real)NAN;
 }
 
 int threshold_forward(const Rows *rows, int squared, const real *x, real *p) {
