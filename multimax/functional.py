@@ -52,16 +52,19 @@ def check_not_nested(*tensors: Tensor) -> None:
         )
 
 
-def check_mask(mask: Tensor | None, shape: Sequence[int] | None = None) -> None:
+def check_mask(
+    mask: Tensor | None, shape: Sequence[int] | None = None, name: str = "mask"
+) -> None:
     """Raise ValueError for a mask that would be misread.
 
     Args:
         mask: must be boolean; an additive mask would be misread.
         shape: of the scores, which the mask must broadcast to: it must not broadcast them.
+        name: what the error calls it.
     """
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(
-            f"mask must be boolean (True = may receive mass), got {mask.dtype}: "
+            f"{name} must be boolean (True = may receive mass), got {mask.dtype}: "
             "for an additive mask use `mask > -inf`, for 0/1 use `mask.bool()`"
         )
     if mask is not None and shape is not None:
@@ -69,7 +72,7 @@ def check_mask(mask: Tensor | None, shape: Sequence[int] | None = None) -> None:
         sizes = zip(mask.shape, tuple(shape)[max(-leading, 0) :], strict=leading <= 0)
         if leading > 0 or not all(own in (1, size) for own, size in sizes):
             raise ValueError(
-                f"mask of shape {tuple(mask.shape)} must broadcast to the scores, of shape "
+                f"{name} of shape {tuple(mask.shape)} must broadcast to the scores, of shape "
                 f"{tuple(shape)}"
             )
 
@@ -231,7 +234,8 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
     repeats, rest = divmod(query.size(-3), key.size(-3)) if key.size(-3) else (0, 1)
     if rest or value.size(-3) != key.size(-3):
         raise ValueError(
-            f"query has {query.size(-3)} heads, key {key.size(-3)} and value {value.size(-3)}: the "
-            "heads of key and value must be the same number, which divides those of query"
+            f"query {tuple(query.shape)} has {query.size(-3)} heads, key {tuple(key.shape)} has "
+            f"{key.size(-3)} and value {tuple(value.shape)} has {value.size(-3)}: the heads of key "
+            "and value must be the same number, which divides those of query"
         )
     return key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
