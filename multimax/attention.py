@@ -11,9 +11,9 @@ from torch.nn.modules import module as torch_module
 from multimax.functional import (
     check_device,
     check_mask,
+    check_not_nested,
     eager_attention,
     repeat_heads,
-    to_compute_precision,
 )
 from multimax.kernels import c_rows
 from multimax.kernels.backend import (
@@ -58,13 +58,16 @@ def attention(
             the normalizer (and so its hooks) unless it can be fused.
 
     Returns:
-        (..., queries, value_dim); zeros for a query that may attend to nothing.
+        (..., queries, value_dim); zeros for a query that may attend to nothing. Under autocast,
+        query, key and value are cast to its dtype, which the result then has, as by
+        `F.scaled_dot_product_attention`.
 
     Raises:
-        ValueError: `mask` is not boolean, the shapes of query, key and value do not fit together,
-            `dropout` is out of range, or `backend` is unknown or cannot compute this.
+        ValueError: `mask` is not boolean or does not broadcast to the scores, the shapes of query,
+            key and value do not fit together, `dropout` is out of range, or `backend` is unknown or
+            cannot compute this.
     """
-    check_mask(mask)
+    query, key, value = _autocast(query, key, value)
     _check(query, key, value, mask, dropout)
     if scale is None:
         scale = 1 / math.sqrt(query.size(-1))
@@ -75,14 +78,25 @@ def attention(
         with nullcontext() if backend is None else use_backend(backend):  # of the normalizer too
             return eager_attention(query, key, value, normalizer, mask, causal, dropout, scale)
     q, k, v, mask, leading = _four_dimensions(query, key, value, mask)
-    dtype = to_compute_precision(query[:0]).dtype
+    dtype = torch.promote_types(query.dtype, torch.float32)
     coefficients = normalizer.coefficients(dtype, query.device)
     out = kernel(q, k, v, coefficients, mask, causal, dropout, scale)
     return out.reshape(*leading, *out.shape[-2:])
 
 
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype of autocast if it is enabled; it leaves fp64 alone."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    lower = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(tensor.to(dtype) if tensor.dtype in lower else tensor for tensor in tensors)
+
+
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> None:
     """Raise ValueError for what the kernels, which take addresses, would not notice."""
+    check_not_nested(query, key, value)
     check_device(query, key=key, value=value, mask=mask)
     dtypes = {query.dtype, key.dtype, value.dtype}
     if not dtypes <= DTYPES:
@@ -95,8 +109,25 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}: "
             "query and key must have one head_dim, key and value one number of keys"
         )
+    if query.size(-1) == 0:
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} have a head_dim of 0, the last "
+            "dimension: it must be at least 1"
+        )
+    if mask is not None:
+        check_mask(mask, (*_leading(query, key), query.size(-2), key.size(-2)))
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def _leading(query: Tensor, key: Tensor) -> tuple[int, ...]:
+    """The dimensions of the scores before (queries, keys)."""
+    of_query, of_key = query.shape[:-2], key.shape[:-2]
+    if of_query == of_key:
+        return tuple(of_query)
+    if of_query and of_key:  # grouped heads are repeated
+        of_key = (*of_key[:-1], 1)
+    return tuple(torch.broadcast_shapes(of_query, of_key))
 
 
 def _choose(

@@ -3,7 +3,7 @@
 Plain torch operations; the normalizers are built of them and the kernels are compared with them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,9 @@ def to_compute_precision(scores: Tensor) -> Tensor:
     """Half-precision scores as fp32 (fp16 squares overflow at 256), fp32 and fp64 as they are.
 
     Raises:
-        ValueError: `scores` is of another dtype, such as an integer or float8.
+        ValueError: `scores` is of another dtype, such as an integer or float8, or nested.
     """
+    check_not_nested(scores)
     if scores.dtype in (torch.float16, torch.bfloat16):
         return scores.float()
     if scores.dtype not in (torch.float32, torch.float64):
@@ -42,13 +43,36 @@ def values_known(tensor: Tensor) -> bool:
     return known and not function_transforms_active()
 
 
-def check_mask(mask: Tensor | None) -> None:
-    """Raise ValueError for a mask that is not boolean; an additive mask would be misread."""
+def check_not_nested(*tensors: Tensor) -> None:
+    """Raise ValueError for a nested tensor, whose rows have no common length."""
+    if any(tensor.is_nested for tensor in tensors):
+        raise ValueError(
+            "nested (jagged) tensors are not supported: pad them, "
+            "torch.nested.to_padded_tensor(x, 0.0), and pass a mask that is False in the padding"
+        )
+
+
+def check_mask(mask: Tensor | None, shape: Sequence[int] | None = None, name: str = "mask") -> None:
+    """Raise ValueError for a mask that would be misread.
+
+    Args:
+        mask: must be boolean; an additive mask would be misread.
+        shape: of the scores, which the mask must broadcast to: it must not broadcast them.
+        name: what the error calls it.
+    """
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(
-            f"mask must be boolean (True = may receive mass), got {mask.dtype}: "
+            f"{name} must be boolean (True = may receive mass), got {mask.dtype}: "
             "for an additive mask use `mask > -inf`, for 0/1 use `mask.bool()`"
         )
+    if mask is not None and shape is not None:
+        leading = mask.dim() - len(shape)
+        sizes = zip(mask.shape, tuple(shape)[max(-leading, 0) :], strict=leading <= 0)
+        if leading > 0 or not all(own in (1, size) for own, size in sizes):
+            raise ValueError(
+                f"{name} of shape {tuple(mask.shape)} must broadcast to the scores, of shape "
+                f"{tuple(shape)}"
+            )
 
 
 def check_device(like: Tensor, **tensors: Tensor | None) -> None:
@@ -161,11 +185,20 @@ def modulated_softmax(
         mask: bool, broadcastable to `scores`, or None.
     """
     hidden = hidden_entries(scores, mask)
-    # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
-    modulated = coefficients[0] * scores.masked_fill(hidden, 0.0) + coefficients[1]
+    modulated = affine(scores, coefficients[0], coefficients[1], hidden)
     if coefficients.numel() > 2:
         modulated = modulate(modulated, *coefficients[2:].chunk(2))
     return masked_softmax(modulated, dim, ~hidden)
+
+
+def affine(scores: Tensor, scale: Tensor, shift: Tensor, hidden: Tensor) -> Tensor:
+    """`scale * scores + shift`; without a gradient where `hidden`, and NaN for inf.
+
+    inf would count as masked under a negative scale.
+    """
+    # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
+    x = scores.masked_fill(scores == torch.inf, torch.nan).masked_fill(hidden, 0.0)
+    return scale * x + shift
 
 
 def eager_attention(
@@ -196,10 +229,11 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
     """Keys and values for every query head."""
     if query.dim() < 3 or key.dim() < 3 or key.size(-3) in (1, query.size(-3)):
         return key, value  # the same heads, or one for all of them
-    repeats, rest = divmod(query.size(-3), key.size(-3))
+    repeats, rest = divmod(query.size(-3), key.size(-3)) if key.size(-3) else (0, 1)
     if rest or value.size(-3) != key.size(-3):
         raise ValueError(
-            f"query has {query.size(-3)} heads, key {key.size(-3)} and value {value.size(-3)}: the "
-            "heads of key and value must be the same number, which divides those of query"
+            f"query {tuple(query.shape)} has {query.size(-3)} heads, key {tuple(key.shape)} has "
+            f"{key.size(-3)} and value {tuple(value.shape)} has {value.size(-3)}: the heads of key "
+            "and value must be the same number, which divides those of query"
         )
     return key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)

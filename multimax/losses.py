@@ -10,6 +10,8 @@ from torch import Tensor
 
 from multimax.functional import (
     check_device,
+    check_mask,
+    check_not_nested,
     function_transforms_active,
     to_compute_precision,
     values_known,
@@ -17,6 +19,7 @@ from multimax.functional import (
 from multimax.kernels.backend import chosen_backend, refuse, triton_obstacle, use_backend
 from multimax.kernels.c_rows import NO_MODULATOR, obstacle
 from multimax.kernels.linear_loss import (
+    HiddenClasses,
     Step,
     compute_dtype,
     linear_loss,
@@ -37,6 +40,7 @@ def output_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    class_mask: Tensor | None = None,
 ) -> Tensor:
     """The loss of `scores` under the output normalizer, with the semantics of `F.cross_entropy`.
 
@@ -52,9 +56,14 @@ def output_loss(
         ignore_index: rows with this class index count for nothing; only for class indices.
         reduction: "none", "sum", or "mean" over the rows that are not ignored. The mean over no
             rows is NaN, as in torch.
+        class_mask: bool, broadcastable to (..., C), True where a class is allowed. The scores of
+            the others become -inf: they get no probability and no gradient.
 
     Returns:
-        fp32 or wider; of shape (...) for "none", else a scalar.
+        fp32 or wider; of shape (...) for "none", else a scalar. As in torch, a row's loss is inf
+        where a forbidden class, masked or with a score of -inf, is the target or gets a part of the
+        label smoothing, which goes to all C classes; and NaN where all classes are forbidden. A
+        probability of 0 in the target of a forbidden class counts for nothing.
 
     Raises:
         ValueError: an argument has a wrong value, dtype or shape, a class index is out of range
@@ -62,7 +71,8 @@ def output_loss(
             torch.export and torch.func), or the normalizer has no loss.
     """
     rows = partial(row_losses, normalizer)
-    return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
+    options = (label_smoothing, ignore_index, reduction)
+    return _reduced(rows, scores, target, *options, class_mask)
 
 
 def linear_output_loss(
@@ -75,6 +85,7 @@ def linear_output_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    class_mask: Tensor | None = None,
 ) -> Tensor:
     """`output_loss` of the scores `features weight^T + bias`, which are never held whole.
 
@@ -87,7 +98,8 @@ def linear_output_loss(
         normalizer: as in `output_loss`.
         features: (..., dim).
         weight: (C, dim).
-        target, label_smoothing, ignore_index, reduction: as in `output_loss`.
+        target, label_smoothing, ignore_index, reduction, class_mask: as in `output_loss`. The mask
+            is never expanded.
         bias: (C,) or None.
 
     Returns:
@@ -98,6 +110,7 @@ def linear_output_loss(
         RuntimeError: in a backward pass with `create_graph=True`.
     """
     options = (label_smoothing, ignore_index, reduction)
+    check_not_nested(features)
     to_compute_precision(features.new_empty(0))  # for its check of the dtype
     check_device(features, weight=weight, bias=bias)
     backend = chosen_backend()
@@ -109,16 +122,19 @@ def linear_output_loss(
     if backend == "eager":
         scores = F.linear(features, weight, bias)
         rows = partial(row_losses, normalizer)
-        return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
+        return _reduced(rows, scores, target, *options, class_mask)
     shape = (*features.shape[:-1], weight.size(0))
-    _check(features.new_empty(()).expand(shape), target, *options)
+    _check(features.new_empty(()).expand(shape), target, *options, class_mask)
     target = target.detach()
     soft = target.is_floating_point()
     flat_target = target.reshape(-1, shape[-1]) if soft else target.reshape(-1)
     step, parameters = _step(normalizer, features, label_smoothing, ignore_index)
     flat = features.reshape(-1, features.size(-1))
     how = "none" if reduction == "none" else "sum"
-    losses = linear_loss(step, flat, weight, bias, flat_target, parameters, how)
+    hidden = None
+    if class_mask is not None:
+        hidden = HiddenClasses(class_mask, shape, None if soft else flat_target == ignore_index)
+    losses = linear_loss(step, flat, weight, bias, flat_target, parameters, how, hidden)
     if reduction == "none":
         return losses.reshape(shape[:-1])
     if reduction == "sum":
@@ -145,7 +161,7 @@ def _step(
     def losses(scores: Tensor, target: Tensor) -> Tensor:
         rows = partial(row_losses, normalizer)
         with use_backend(backend):  # of the forward pass, in the backward pass too
-            return _reduced(rows, scores, target, label_smoothing, ignore_index, "none")
+            return _reduced(rows, scores, target, label_smoothing, ignore_index, "none", None)
 
     parameters = [p for p in normalizer.parameters() if p.requires_grad]
     return reference_step(losses, parameters), parameters
@@ -245,6 +261,7 @@ def fenchel_young_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    class_mask: Tensor | None = None,
 ) -> Tensor:
     """The Fenchel-Young loss of alpha-entmax, whose gradient is `entmax(scores) - target`.
 
@@ -255,7 +272,7 @@ def fenchel_young_loss(
     entropy of the target.
 
     Args:
-        scores, target, label_smoothing, ignore_index, reduction: as in `output_loss`.
+        scores, target, label_smoothing, ignore_index, reduction, class_mask: as in `output_loss`.
         alpha: a finite number >= 1; or a tensor of one element >= 1, which gets a gradient.
 
     Returns:
@@ -274,9 +291,10 @@ def fenchel_young_loss(
         raise ValueError(f"alpha must have one element, got shape {tuple(alpha.shape)}")
     else:
         check_least_alpha(alpha)
-        excess = excess_of(alpha, alpha - 1, to_compute_precision(scores[:0]).dtype)
+        excess = excess_of(alpha, alpha - 1, to_compute_precision(scores).dtype)
     rows = partial(fenchel_young_rows, excess)
-    return _reduced(rows, scores, target, label_smoothing, ignore_index, reduction)
+    options = (label_smoothing, ignore_index, reduction)
+    return _reduced(rows, scores, target, *options, class_mask)
 
 
 def sparsemax_loss(scores: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -296,8 +314,9 @@ def _reduced(
     label_smoothing: float,
     ignore_index: int,
     reduction: str,
+    class_mask: Tensor | None,
 ) -> Tensor:
-    _check(scores, target, label_smoothing, ignore_index, reduction)
+    _check(scores, target, label_smoothing, ignore_index, reduction, class_mask)
     target = target.detach()
     soft = target.is_floating_point()
     shape = scores.shape[:-1]
@@ -307,20 +326,25 @@ def _reduced(
     flat_target = target.reshape(flat_scores.shape if soft else (-1,))
     if not soft:
         flat_target = flat_target.masked_fill(ignored, 0)
+    if class_mask is not None:
+        hidden = HiddenClasses(class_mask, scores.shape, None if soft else ignored)
+        flat_scores = flat_scores.masked_fill(hidden.of_rows(), -torch.inf)
     losses = rows(flat_scores, flat_target, label_smoothing).masked_fill(ignored, 0.0)
     if reduction == "none":
         return losses.reshape(shape)
     return losses.sum() if reduction == "sum" else losses.sum() / (~ignored).sum()
 
 
-def _check(scores, target, label_smoothing, ignore_index, reduction) -> None:
+def _check(scores, target, label_smoothing, ignore_index, reduction, class_mask) -> None:
+    check_not_nested(scores, target)
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if scores.dim() == 0:
         raise ValueError("scores must have a class dimension, (..., C), got a scalar")
-    check_device(scores, target=target)
+    check_device(scores, target=target, class_mask=class_mask)
+    check_mask(class_mask, scores.shape, "class_mask")
     if target.is_floating_point():
         if target.shape != scores.shape:
             raise ValueError(
@@ -350,6 +374,13 @@ def _check(scores, target, label_smoothing, ignore_index, reduction) -> None:
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    if target.is_floating_point():
-        target = target.to(logits.dtype)
-    return F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+    losses = partial(F.cross_entropy, reduction="none", label_smoothing=label_smoothing)
+    if not target.is_floating_point():
+        return losses(logits, target)
+    target = target.to(logits.dtype)
+    result = losses(logits, target)
+    if label_smoothing or (values_known(result) and not result.isnan().any()):
+        return result
+    # Where a forbidden class has the probability 0, torch takes 0 times -inf, which is NaN.
+    unused = (target == 0) & (logits == -torch.inf)
+    return losses(logits.masked_fill(unused, torch.finfo(logits.dtype).min), target)

@@ -71,7 +71,7 @@ def modulated_softmax(
     c_library.check_coefficients(coefficients, scores)
     x, row_mask = _rows_last(scores, dim, mask)
     p = _ModulatedSoftMax.apply(x, coefficients, row_mask)
-    return p if x is scores else p.movedim(-1, dim)
+    return p if x is scores else p.movedim(-1, dim).contiguous()
 
 
 def threshold(scores: Tensor, squared: bool, dim: int, mask: Tensor | None) -> Tensor:
@@ -85,7 +85,7 @@ def threshold(scores: Tensor, squared: bool, dim: int, mask: Tensor | None) -> T
     """
     x, row_mask = _rows_last(scores, dim, mask)
     p = _Threshold.apply(x, squared, row_mask)
-    return p if x is scores else p.movedim(-1, dim)
+    return p if x is scores else p.movedim(-1, dim).contiguous()
 
 
 def kth_largest(scores: Tensor, k: int, dim: int, mask: Tensor | None) -> Tensor:

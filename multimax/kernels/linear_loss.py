@@ -22,6 +22,33 @@ LEAST_SCORES = 2**22  # of a chunk, 16 MiB in fp32
 Step = Callable[..., tuple[Tensor, Tensor | None, Sequence[Tensor | None]]]
 
 
+class HiddenClasses:
+    """Which classes of a row are forbidden, for some rows at a time.
+
+    Args:
+        class_mask: bool, broadcastable to `shape`, True where a class is allowed.
+        shape: of the scores, (..., classes).
+        ignored: (rows,) bool, rows that count for nothing, so that all may be forbidden in them.
+    """
+
+    def __init__(self, class_mask: Tensor, shape: Sequence[int], ignored: Tensor | None) -> None:
+        self._hidden = (~class_mask).expand(shape)  # a copy, before it is broadcast
+        self._rows = self._hidden.numel() // max(shape[-1], 1)
+        self._counts = None if ignored is None or class_mask.dim() < 2 else ~ignored.unsqueeze(-1)
+
+    def of_rows(self, part: slice = slice(None)) -> Tensor:
+        """(rows of the part, classes) bool, without a copy of other rows."""
+        leading = self._hidden.shape[:-1]
+        if len(leading) == 1:
+            hidden = self._hidden[part]
+        elif not any(self._hidden.stride()[:-1]):  # the same for all
+            hidden = self._hidden[(0,) * len(leading)].expand(self._rows, -1)[part]
+        else:
+            rows = torch.arange(self._rows, device=self._hidden.device)[part]
+            hidden = self._hidden[torch.unravel_index(rows, leading)]
+        return hidden if self._counts is None else hidden & self._counts[part]
+
+
 def linear_loss(
     step: Step,
     features: Tensor,
@@ -30,6 +57,7 @@ def linear_loss(
     target: Tensor,
     parameters: Sequence[Tensor],
     reduction: str,
+    hidden: HiddenClasses | None = None,
 ) -> Tensor:
     """Losses of `features weight^T + bias`.
 
@@ -42,6 +70,7 @@ def linear_loss(
         parameters: of the loss, which `step` gives gradients for; at most 1-D.
         reduction: "sum", whose gradients are computed in the forward pass, or "none", for which the
             backward pass computes the scores again.
+        hidden: classes whose scores become -inf, without a gradient; None if there are none.
 
     Returns:
         (rows,) or a scalar, fp32 or wider.
@@ -50,15 +79,15 @@ def linear_loss(
     apply: Any = _LinearLoss.apply
     if torch.compiler.is_compiling():  # a wrapper for all calls would take a second to import
         apply = torch.compiler.disable(apply)
-    losses = apply(step, at_once, features, weight, bias, target, *parameters)
+    losses = apply(step, at_once, hidden, features, weight, bias, target, *parameters)
     return losses.sum() if reduction == "sum" and not at_once else losses
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, step, at_once, *tensors):
+    def forward(ctx, step, at_once, hidden, *tensors):
         ctx.dtype = _product_dtype(tensors[0])
-        ctx.step, ctx.at_once = step, at_once
+        ctx.step, ctx.at_once, ctx.hidden = step, at_once, hidden
         ctx.save_for_backward(*tensors)
         losses, ctx.grads = _run(ctx, tensors, None, at_once)
         return losses.sum() if at_once else losses
@@ -79,7 +108,7 @@ class _LinearLoss(torch.autograd.Function):
             g if g is None else g.to(tensor.dtype)
             for g, tensor in zip(grads or [], ctx.saved_tensors, strict=True)
         ]
-        return None, None, *cast
+        return None, None, None, *cast
 
 
 def compute_dtype(features: Tensor) -> torch.dtype:
@@ -112,15 +141,20 @@ def _run(
         if gradient:
             totals = [
                 torch.zeros_like(tensor, dtype=dtype) if needed else None
-                for tensor, needed in zip(tensors, ctx.needs_input_grad[2:], strict=True)
+                for tensor, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True)
             ]
         size = max(LEAST_ROWS, LEAST_SCORES // max(w.size(0), 1))
         for start in range(0, x.size(0), size):
             part = slice(start, start + size)
             scores = F.linear(x[part], w, b).to(dtype)
+            hidden = None if ctx.hidden is None else ctx.hidden.of_rows(part)
+            if hidden is not None:
+                scores.masked_fill_(hidden, -torch.inf)
             weights = None if row_weight is None else row_weight[part].to(dtype)
             losses[part], d, of_parameters = ctx.step(scores, target[part], weights, gradient)
             if totals is not None and d is not None:
+                if hidden is not None:
+                    d.masked_fill_(hidden, 0.0)
                 _accumulate(totals, part, x[part], w, d.to(ctx.dtype), of_parameters)
             del scores, d
     return losses, totals

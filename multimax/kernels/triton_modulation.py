@@ -80,6 +80,8 @@ def modulate(scores, c, order: tl.constexpr):
     """sigma(x) and its derivative by x, at x = scale * scores + shift; -inf for what is hidden."""
     hidden = scores == float("-inf")
     if order >= 1:
+        # inf would count as hidden under a negative scale.
+        scores = tl.where(scores == float("inf"), float("nan"), scores)
         hidden |= c[0] * scores + c[1] <= FLOOR
     x = c[0] * tl.where(hidden, 0.0, scores) + c[1]
     modulated = x

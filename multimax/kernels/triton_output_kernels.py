@@ -116,6 +116,8 @@ def cross_entropy_row(
             x = tl.where(z == float("-inf"), 0.0, x)  # its product with 0 is 0
             y = _smoothed_target(target, row, label, start, classes, smoothing, block, dtype)
             gradient = factor * (mass * tl.exp(z - logsumexp) - y)
+            if order >= 1:  # where the loss is infinite, a hidden class has one
+                gradient = tl.where(z == float("-inf"), 0.0, gradient)
             gradient = tl.where(inside, gradient, 0.0)
             sums = add_to_sums(sums, gradient, x, slope, c, order)
             result = (c[0] * gradient * slope).to(scores[0].dtype.element_ty)

@@ -95,5 +95,5 @@ class LogitNormalizer(Normalizer):
     def log_probabilities(
         self, scores: Tensor, dim: int = -1, mask: Tensor | None = None
     ) -> Tensor:
-        check_mask(mask)
+        check_mask(mask, scores.shape)
         return masked_log_softmax(self.logits(scores, dim, mask), dim, mask)

@@ -54,7 +54,7 @@ def entmax(
         return entmax_of_excess(scores, alpha - 1, dim, mask)
     _check_alpha_shape(alpha, scores, dim)
     check_least_alpha(alpha)
-    excess = excess_of(alpha, alpha - 1, to_compute_precision(scores[:0]).dtype)
+    excess = excess_of(alpha, alpha - 1, to_compute_precision(scores).dtype)
     return entmax_of_excess(scores, excess, dim, mask)
 
 
@@ -62,13 +62,13 @@ def entmax_of_excess(
     scores: Tensor, excess: float | Tensor, dim: int = -1, mask: Tensor | None = None
 ) -> Tensor:
     """`entmax` with alpha = 1 + `excess`, which has digits where alpha rounds to 1."""
-    check_mask(mask)
     x = to_compute_precision(scores)
+    check_mask(mask, x.shape)
     fixed = None if isinstance(excess, Tensor) else excess
     lacks = None if fixed in (0.5, 1) else "only alpha = 1.5 and alpha = 2 have a kernel"
     if c_rows.usable(x, "entmax", lacks):
         return c_rows.threshold(x, fixed == 0.5, dim, mask).to(scores.dtype)
-    if fixed == 0:
+    if fixed == 0 or x.dim() == 0 or x.numel() == 0:
         return masked_softmax(x, dim, mask).to(scores.dtype)
     if isinstance(excess, Tensor):
         excess = excess.to(x.dtype)
@@ -100,7 +100,7 @@ def check_least_alpha(alpha: Tensor) -> None:
 def _check_alpha_shape(alpha: Tensor, scores: Tensor, dim: int) -> None:
     fits = alpha.dim() <= scores.dim()
     aligned = (1,) * (scores.dim() - alpha.dim()) + alpha.shape
-    if not fits or aligned[dim] != 1:
+    if not fits or (aligned and aligned[dim] != 1):
         raise ValueError(
             f"alpha of shape {aligned} must broadcast to scores of shape "
             f"{tuple(scores.shape)} and have size 1 along dim {dim}"
@@ -112,8 +112,14 @@ class _EntMax(torch.autograd.Function):
 
     @staticmethod
     def forward(scores, excess, dim):
-        largest = scores.amax(dim, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
-        return solve(scores - largest, excess, dim)
+        largest = scores.amax(dim, keepdim=True)
+        spoilt = ~(largest < torch.inf)  # rows with inf or NaN, which become NaN
+        p = solve(scores - largest.clamp_min(torch.finfo(scores.dtype).min), excess, dim)
+        looked_at = not torch.compiler.is_compiling() and not function_transforms_active()
+        if looked_at and not spoilt.any():
+            return p
+        row = torch.full_like(scores, torch.nan).masked_fill(scores == -torch.inf, 0.0)
+        return row.where(spoilt, p)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -179,12 +185,11 @@ def _derivative_by_excess(p: Tensor, share: Tensor, excess: Tensor, dim: int) ->
 
 def _support_power(p: Tensor, exponent: float | Tensor) -> Tensor:
     """`p ** exponent` on the support and 0 off it, with finite derivatives at p = 0."""
-    support = p > 0
-    if isinstance(exponent, float | int):
-        if exponent == 0:
-            return support.to(p.dtype)
-        if exponent == 0.5:
-            return p.where(support, 1.0).sqrt() * support
+    if isinstance(exponent, float | int) and exponent == 0:
+        return p.sign()  # NaN of NaN
+    support = ~(p <= 0)
+    if isinstance(exponent, float | int) and exponent == 0.5:
+        return p.where(support, 1.0).sqrt() * support
     return p.where(support, 1.0) ** exponent * support
 
 
@@ -245,7 +250,7 @@ class EntMax(Normalizer):
     ) -> Tensor:
         if self.sparse:
             return super().log_probabilities(scores, dim, mask)
-        check_mask(mask)
+        check_mask(mask, scores.shape)
         return masked_log_softmax(to_compute_precision(scores), dim, mask)
 
     def extra_repr(self) -> str:

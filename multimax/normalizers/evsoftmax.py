@@ -30,13 +30,15 @@ def evsoftmax(
     Source: Chen et al., Evidential Softmax, NeurIPS 2021, Eq. 3.
     """
     check_floor(floor)
-    check_mask(mask)
     x = to_compute_precision(scores)
+    check_mask(mask, x.shape)
     return truncated_softmax(x, _keep(x, dim, mask), dim, mask, floor).to(scores.dtype)
 
 
 def _keep(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
     scores = scores.detach()
+    if scores.numel() == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
     # Differences to the maximum: their mean keeps its digits when all scores share a large offset.
     # The maximum itself is always kept, also where rounding puts the mean above it.
     hidden = hidden_entries(scores, mask)

@@ -36,8 +36,8 @@ class ModulatedSoftMax(LogitNormalizer):
         return self.modulate(scores)
 
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
-        check_mask(mask)
         x = to_compute_precision(scores)
+        check_mask(mask, x.shape)
         lacks = None if self.fusible else c_rows.NO_MODULATOR
         if not c_rows.usable(x, self, lacks):
             return masked_softmax(self.modulate(x), dim, mask).to(scores.dtype)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from multimax.functional import (
     MASK_FLOOR,
+    affine,
     check_mask,
     hidden_entries,
     masked_softmax,
@@ -39,8 +40,8 @@ def multimax(
 
     Source: Zhou et al., MultiMax, ICML 2024, arXiv 2406.01189.
     """
-    check_mask(mask)
     x = to_compute_precision(scores)
+    check_mask(mask, x.shape)
     fits = ts.shape == ranges.shape and ts.numel() in (2, 4) and ts.dim() == 1
     if c_rows.usable(x, "multimax", None if fits else c_rows.NO_MODULATOR):
         coefficients = torch.cat([_identity(ts), ts, ranges]).to(x.dtype)
@@ -125,8 +126,7 @@ class MultiMax(ModulatedSoftMax):
             return scores
         x = to_compute_precision(scores)
         hidden = hidden_entries(x, None)
-        # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
-        z = self.scale.to(x.dtype) * x.masked_fill(hidden, 0.0) + self.shift.to(x.dtype)
+        z = affine(x, self.scale.to(x.dtype), self.shift.to(x.dtype), hidden)
         return z.masked_fill(hidden, -torch.inf)
 
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:

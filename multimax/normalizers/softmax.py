@@ -35,19 +35,21 @@ def softmax(
     Raises:
         ValueError: `temperature` is a number that is not positive, or `mask` is not boolean.
     """
-    check_mask(mask)
+    scaled = _scale(scores, temperature)
+    check_mask(mask, scores.shape)
     # It runs on torch operations; the error of a kernel asked for by name is what is wanted.
     c_rows.usable(scores, "softmax", "the function has no kernel, the module SoftMax has one")
-    return masked_softmax(_scale(scores, temperature), dim, mask).to(scores.dtype)
+    return masked_softmax(scaled, dim, mask).to(scores.dtype)
 
 
 def _scale(scores: Tensor, temperature: float | Tensor) -> Tensor:
     scores_compute = to_compute_precision(scores)
     if isinstance(temperature, Tensor):
         hidden = hidden_entries(scores_compute, None)
+        temperature = temperature.to(scores_compute.dtype)
         # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
-        scaled = scores_compute.masked_fill(hidden, 0.0) / temperature.to(scores_compute.dtype)
-        return scaled.masked_fill(hidden, -torch.inf)
+        scaled = scores_compute.masked_fill(hidden, 0.0) / temperature
+        return torch.where(hidden, scores_compute / temperature.detach(), scaled)
     _check_temperature(temperature)
     return scores_compute if temperature == 1 else scores_compute / temperature
 

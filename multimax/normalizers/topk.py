@@ -1,5 +1,7 @@
 """SoftMax over the k largest scores of a row."""
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -31,27 +33,31 @@ def topk(scores: Tensor, k: int, dim: int = -1, mask: Tensor | None = None) -> T
     Source: Gupta et al., Memory-efficient Transformers via Top-k Attention, 2021; Wang et al.,
     KVT: k-NN Attention, ECCV 2022.
     """
-    _check_k(k)
-    check_mask(mask)
+    k = _checked_k(k)
     x = to_compute_precision(scores)
+    check_mask(mask, x.shape)
     return truncated_softmax(x, _keep(x, k, dim, mask), dim, mask, 0.0).to(scores.dtype)
 
 
 def _keep(scores: Tensor, k: int, dim: int, mask: Tensor | None) -> Tensor:
     scores = scores.detach()
-    if k >= scores.size(dim):
+    if scores.dim() == 0 or k >= scores.size(dim):
         return torch.ones_like(scores, dtype=torch.bool)
     if c_rows.usable(scores, "topk"):
-        return (scores >= c_rows.kth_largest(scores, k, dim, mask)) | scores.isnan()
+        return ~(scores < c_rows.kth_largest(scores, k, dim, mask))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    kth_largest = scores.topk(k, dim).values.narrow(dim, k - 1, 1)
-    return (scores >= kth_largest) | scores.isnan()
+    largest = scores.topk(k, dim).values
+    # NaN, and so the whole row is kept and becomes NaN, if the first is NaN or infinite.
+    spoilt = largest.narrow(dim, 0, 1) * 0
+    return ~(scores < largest.narrow(dim, k - 1, 1) + spoilt)
 
 
-def _check_k(k: int) -> None:
-    if not isinstance(k, int) or k < 1:
+def _checked_k(k: int) -> int:
+    """`k`, also one of NumPy, as int."""
+    if not isinstance(k, numbers.Integral) or k < 1:
         raise ValueError(f"k must be an integer >= 1, got {k!r}")
+    return int(k)
 
 
 class TopK(TruncatedSoftMax):
@@ -65,8 +71,7 @@ class TopK(TruncatedSoftMax):
 
     def __init__(self, k: int = 100, floor: float = 1e-6) -> None:
         super().__init__(floor, training_floor=False)
-        _check_k(k)
-        self.k = k
+        self.k = _checked_k(k)
 
     def keep(self, scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
         return _keep(scores, self.k, dim, mask)

@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from multimax.functional import check_mask, masked_softmax, to_compute_precision
@@ -27,7 +28,7 @@ def truncated_softmax(
     else:
         mask = keep if mask is None else keep & mask
     if c_rows.usable(scores, "SoftMax over a part of the row"):
-        identity = scores.new_tensor([1.0, 0.0])
+        identity = torch.tensor([1.0, 0.0], dtype=scores.dtype)
         return c_rows.modulated_softmax(scores, identity, dim, mask)
     return masked_softmax(scores, dim, mask)
 
@@ -64,13 +65,14 @@ class TruncatedSoftMax(LogitNormalizer):
         """bool, shape of `scores`: True for the entries that SoftMax runs over."""
 
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
-        check_mask(mask)
         x = to_compute_precision(scores)
+        check_mask(mask, x.shape)
         floor = self.floor if self.training and self.training_floor else 0.0
         return truncated_softmax(x, self.keep(x, dim, mask), dim, mask, floor).to(scores.dtype)
 
     def logits(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         x = to_compute_precision(scores)
+        check_mask(mask, x.shape)
         return floored_logits(x, self.keep(x, dim, mask), self.floor)
 
     @property

@@ -38,6 +38,15 @@ INLINE double expectation(const real *soft, const real *y, int64_t n) {
     return total;
 }
 
+/* Masked scores as 0, which adds nothing to the sums; with a modulator they get no gradient dy. */
+INLINE void clear_masked(real *x, real *dy, int64_t n, Modulator m, int order) {
+    for (int64_t j = 0; j < n; j++)
+        if (hides(x[j], m, order)) {
+            x[j] = 0;
+            if (order >= 1) dy[j] = 0;
+        }
+}
+
 /* Loss of a row; `work` has room for the row. With y = sigma(x) and q the smoothed target,
    loss = (sum of q) log sum exp(y) - q y, and dy = (sum of q) p - q. */
 INLINE double cross_entropy_row(real *x, real *work, int64_t n, int64_t i, Modulator m, int order,
@@ -57,6 +66,7 @@ INLINE double cross_entropy_row(real *x, real *work, int64_t n, int64_t i, Modul
     mass = (1 - t->smoothing) * mass + t->smoothing;
     double loss = mass * (highest + log(total)) - observed;
     if (!t->gradient) return loss;
+    int infinite = !isfinite(loss); /* a masked class has a share of the target, or there is NaN */
     double factor = t->weight ? t->weight[i] : 1;
     real of_p = (real)(factor * mass / total), spread = (real)(factor * rest);
     if (soft) {
@@ -68,6 +78,7 @@ INLINE double cross_entropy_row(real *x, real *work, int64_t n, int64_t i, Modul
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) work[j] = work[j] * of_p - spread;
     }
+    if (infinite) clear_masked(x, work, n, m, order);
     pull_back(x, work, n, m, order, sums);
     memcpy(x, work, n * sizeof(real));
     return loss;

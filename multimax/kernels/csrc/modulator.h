@@ -42,7 +42,15 @@ INLINE real modulated(real x, Modulator m, int order) {
 /* y of a row, -inf where masked, also by its score; returns the largest. */
 INLINE real modulate_row(const real *x, real *y, Row row, Modulator m, int order) {
     real highest = -INFINITY;
-    if (row.mask) {
+    if (order >= 1 && m.scale <= 0) { /* which would make something else of the infinities */
+        for (int64_t j = 0; j < row.limit; j++) {
+            real value = modulated(x[j], m, order);
+            if (x[j] == INFINITY) value = NAN;
+            if (x[j] == -INFINITY || (row.mask && !row.mask[j])) value = -INFINITY;
+            highest = value > highest ? value : highest;
+            y[j] = value;
+        }
+    } else if (row.mask) {
 #pragma omp simd reduction(max : highest)
         for (int64_t j = 0; j < row.limit; j++) {
             real value = row.mask[j] ? modulated(x[j], m, order) : -(real)INFINITY;
@@ -57,14 +65,12 @@ INLINE real modulate_row(const real *x, real *y, Row row, Modulator m, int order
             y[j] = value;
         }
     }
-    if (order >= 1 && m.scale <= 0) { /* which has made something else of -inf */
-        highest = -INFINITY;
-        for (int64_t j = 0; j < row.limit; j++) {
-            if (x[j] == -INFINITY) y[j] = -INFINITY;
-            highest = y[j] > highest ? y[j] : highest;
-        }
-    }
     return highest;
+}
+
+/* Whether a score is masked by itself: what modulate_row makes -inf of. */
+INLINE int hides(real x, Modulator m, int order) {
+    return x == -INFINITY || (x < INFINITY && modulated(x, m, order) == -INFINITY);
 }
 
 /* exp(y - highest) in the place of y; returns the sum. */

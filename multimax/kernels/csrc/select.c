@@ -20,14 +20,17 @@ INLINE int64_t count_from(const integer *ranks, int64_t n, integer least) {
     return total;
 }
 
-/* -inf if fewer than k entries may receive mass. */
+/* -inf if fewer than k entries may receive mass; NaN if one of them is NaN or inf. */
 INLINE real kth_of_row(const real *x, integer *ranks, Row row, int64_t k) {
+    int spoilt = 0;
     for (int64_t j = 0; j < row.limit; j++) {
         real score = row.mask && !row.mask[j] ? -(real)INFINITY : x[j];
+        spoilt |= !(score < INFINITY);
         integer bits;
         memcpy(&bits, &score, sizeof bits);
         ranks[j] = turned(bits);
     }
+    if (spoilt) return NAN;
     integer low = LOWEST, high = ~LOWEST; /* at least k ranks are >= low */
     while (low < high) {
         integer middle = (low >> 1) + (high >> 1) + ((low | high) & 1); /* rounded up */

@@ -19,6 +19,12 @@ int softmax_forward(const Rows *rows, int order, const real *coefficients, const
     return 0;
 }
 
+INLINE int row_is_nan(const real *p, int64_t n) {
+    for (int64_t j = 0; j < n; j++)
+        if (isnan(p[j])) return 1;
+    return 0;
+}
+
 INLINE void subtract_row(Row row, const real *p, const real *g, real *dx) {
     real mean = (real)dot(p, g, row.limit);
     if (row.mask && !isfinite(mean)) { /* perhaps because of a g that is masked */
@@ -28,6 +34,8 @@ INLINE void subtract_row(Row row, const real *p, const real *g, real *dx) {
         mask_row(row, dx, dx);
     } else {
         subtract_mean_row(row, p, g, mean, dx);
+        if (isnan(mean) && row_is_nan(p, row.limit))
+            for (int64_t j = 0; j < row.limit; j++) dx[j] = p[j] == 0 ? 0 : dx[j];
     }
 }
 

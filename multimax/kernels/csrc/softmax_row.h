@@ -10,7 +10,11 @@ INLINE void forward_row(Row row, Modulator m, int order, const real *x, real *p,
     double sum = exponentiate_row(p, row.limit, highest);
     real inverse = sum == 0 ? 0 : (real)(1 / sum);
     scale_row(p, row.limit, inverse);
-    if (row.mask && isnan(inverse)) mask_row(row, p, p);
+    if (isnan(inverse)) { /* exactly 0 where masked, also next to NaN */
+        if (x != p)
+            for (int64_t j = 0; j < row.limit; j++) p[j] = hides(x[j], m, order) ? 0 : p[j];
+        if (row.mask) mask_row(row, p, p);
+    }
     if (statistics) statistics[0] = highest, statistics[1] = inverse;
 }
 

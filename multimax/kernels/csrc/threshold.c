@@ -61,7 +61,14 @@ INLINE void threshold_row(const real *x, real *p, Row row, int squared) {
         above = above < 0 ? 0 : above;
         p[j] = squared ? above * above : above;
     }
-    if (row.mask && isnan(tau)) mask_row(row, p, p);
+    if (isnan(tau)) { /* exactly 0 where masked, also next to NaN */
+        for (int64_t j = 0; j < n; j++) p[j] = x[j] == -INFINITY ? 0 : p[j];
+        if (row.mask) mask_row(row, p, p);
+    }
+}
+
+INLINE real weight_of(real p, int squared) { /* NaN of NaN */
+    return squared ? SQUARE_ROOT(p) : p > 0 ? 1 : p;
 }
 
 /* dx = w (g - (sum of w g) / (sum of w)), w = 1 on the support (sparsemax) or sqrt(p) (entmax). */
@@ -72,7 +79,7 @@ INLINE void threshold_backward_row(const real *p, const real *g, real *dx, int64
         real sum = 0, weight = 0;
 #pragma omp simd reduction(+ : sum, weight)
         for (int64_t j = start; j < end; j++) {
-            real w = squared ? SQUARE_ROOT(p[j]) : (real)(p[j] > 0 ? 1 : 0);
+            real w = weight_of(p[j], squared);
             sum += w * g[j];
             weight += w;
         }
@@ -85,6 +92,8 @@ INLINE void threshold_backward_row(const real *p, const real *g, real *dx, int64
         real w = squared ? SQUARE_ROOT(p[j]) : (real)(p[j] > 0 ? 1 : 0);
         dx[j] = w * (g[j] - mean);
     }
+    if (isnan(weights)) /* a row of NaN, but for what is masked in it */
+        for (int64_t j = 0; j < n; j++) dx[j] = p[j] == 0 ? 0 : (real)NAN;
 }
 
 int threshold_forward(const Rows *rows, int squared, const real *x, real *p) {
