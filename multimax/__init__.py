@@ -24,6 +24,7 @@ from multimax.metrics import (
     sparsity,
     support_size,
     top_k_mass,
+    uniform_reference,
 )
 from multimax.normalizers import *  # noqa: F403
 
@@ -44,6 +45,7 @@ __all__ = [
     "sparsity",
     "support_size",
     "top_k_mass",
+    "uniform_reference",
     "use_backend",
 ]
 __all__ += normalizers.__all__

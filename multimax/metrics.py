@@ -113,6 +113,19 @@ def softmax_reference(scores: Tensor, dim: int = -1, mask: Tensor | None = None)
     return p.where(mask, 1.0).amin(dim, keepdim=True)
 
 
+def uniform_reference(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+    """A tenth of the uniform probability of each row: an s of `sparsity` that no model changes.
+
+    `softmax_reference` depends on the scores, so that it can only compare normalizers of the same
+    scores; with this one, models that make scores of their own can be compared too.
+
+    Args:
+        scores, dim, mask: as in `softmax_reference`. A row without allowed entries has inf.
+    """
+    _, _, mask = _prepare(scores, scores, mask)
+    return 0.1 / mask.sum(dim, keepdim=True)
+
+
 def row_mean(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
     """The mean of each row's allowed scores, a threshold; `dim` is kept with size 1."""
     _, x, mask = _prepare(scores, scores, mask)
@@ -178,9 +191,10 @@ class NormalizerRecorder:
         recorder.summary()["blocks.0.attn.normalizer"]["entropy"]
 
     It sees calls of the normalizer modules only: not those that a loss or a fused kernel replaces.
-    The threshold of sparsity and multi-modality is the mean of the row's allowed scores, their
-    reference `softmax_reference` of the same scores. Each batch costs several passes over the
-    scores and a device synchronization, so record a few batches.
+    The threshold of sparsity and multi-modality is the mean of the row's allowed scores, the
+    reference of sparsity `softmax_reference` of the same scores, as in the paper. That of
+    "uniform_sparsity" is `uniform_reference`: compare layers and models by this one. Each batch
+    costs several passes over the scores and a device synchronization, so record a few batches.
 
     Args:
         model: all `Normalizer` modules in it (or itself) are recorded.
@@ -211,10 +225,10 @@ class NormalizerRecorder:
     def summary(self) -> dict[str, dict[str, float]]:
         """By module name: the mean of each measure and, as `<measure>_count`, of how many values.
 
-        The measures are "entropy", "support_size", "sparsity", "multi_modality" (values are rows;
-        all-masked rows, and rows for which a measure is not defined, are left out) and, for
-        MultiMax, "decreasing_share" (values are allowed scores). A module that was not called has
-        NaN with count 0.
+        The measures are "entropy", "support_size", "sparsity", "uniform_sparsity",
+        "multi_modality" (values are rows; all-masked rows, and rows for which a measure is not
+        defined, are left out) and, for MultiMax, "decreasing_share" (values are allowed scores). A
+        module that was not called has NaN with count 0.
         """
         result = {}
         for name, module in self._modules.items():
@@ -243,19 +257,23 @@ def _arguments(scores: Tensor, dim: int = -1, mask: Tensor | None = None):
 
 
 def _measures(module: Normalizer) -> list[str]:
-    names = ["entropy", "support_size", "sparsity", "multi_modality"]
+    names = ["entropy", "support_size", "sparsity", "uniform_sparsity", "multi_modality"]
     return [*names, "decreasing_share"] if isinstance(module, MultiMax) else names
 
 
 def _measure(module, probabilities, scores, dim, mask) -> dict[str, Tensor]:
     """The values of each of `_measures`; NaN where there is none."""
     threshold = row_mean(scores, dim, mask)
-    reference = softmax_reference(scores, dim, mask)
+    own, uniform = (
+        sparsity(probabilities, scores, threshold, reference(scores, dim, mask), dim, mask)
+        for reference in (softmax_reference, uniform_reference)
+    )
     empty = threshold.squeeze(dim).isnan()
     values = {
         "entropy": entropy(probabilities, dim).masked_fill(empty, math.nan),
         "support_size": support_size(probabilities, dim).float().masked_fill(empty, math.nan),
-        "sparsity": sparsity(probabilities, scores, threshold, reference, dim, mask),
+        "sparsity": own,
+        "uniform_sparsity": uniform,
         "multi_modality": multi_modality(probabilities, scores, threshold, dim, mask),
     }
     if isinstance(module, MultiMax):

@@ -21,6 +21,7 @@ from multimax import (
     sparsity,
     support_size,
     top_k_mass,
+    uniform_reference,
 )
 from multimax.attention import attention
 
@@ -220,6 +221,19 @@ class Model(nn.Module):
         return self.inner["multimax"](scores=scores, mask=mask, dim=-1)
 
 
+def uniform(mask, scores, dim):
+    allowed = scores.size(dim) if mask is None else mask.sum(dim, keepdim=True)
+    return 1 / (10 * allowed)
+
+
+def test_uniform_reference_is_that_of_the_allowed_entries():
+    scores, mask = torch.randn(2, 5), torch.tensor([[True] * 5, [True, True, False, False, False]])
+    torch.testing.assert_close(uniform_reference(scores), torch.full((2, 1), 0.02))
+    torch.testing.assert_close(uniform_reference(scores, -1, mask), torch.tensor([[0.02], [0.05]]))
+    larger = uniform_reference(100 * scores, mask=mask)
+    assert torch.equal(larger, uniform_reference(scores, mask=mask))
+
+
 def test_recorder_accumulates_over_batches(scores, mask):
     model, mask = Model(), mask.expand_as(scores)
     with NormalizerRecorder(model) as recorder:
@@ -242,6 +256,7 @@ def test_recorder_accumulates_over_batches(scores, mask):
             "entropy": entropy(p, dim).masked_fill(left_out, math.nan),
             "support_size": support_size(p, dim).double().masked_fill(left_out, math.nan),
             "sparsity": sparsity(p, scores, eps, s, dim, mask),
+            "uniform_sparsity": sparsity(p, scores, eps, uniform(mask, scores, dim), dim, mask),
             "multi_modality": multi_modality(p, scores, eps, dim, mask),
         }
         for measure, values in expected.items():

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -107,6 +107,12 @@ class Task(ABC):
     @abstractmethod
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
         """Measures of each normalizer on a few evaluation batches, by module name."""
+
+
+def inspected_split(splits: Iterable[str]) -> str:
+    """The split that normalizers are measured on: that of the reported metrics."""
+    names = list(splits)
+    return "test" if "test" in names else names[0]
 
 
 def batch_size_per_process(config: Any, world_size: int) -> int:

@@ -26,6 +26,7 @@ from multimax.tasks.base import (
     check_counted,
     check_not_diverged,
     describe_model,
+    inspected_split,
 )
 
 INSPECTED_BATCHES = 4  # of an evaluation split
@@ -127,7 +128,7 @@ class LanguageModeling(Task):
         }
 
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
-        split = next(iter(self.splits))
+        split = inspected_split(self.splits)
         with NormalizerRecorder(model) as recorder:
             for batch in islice(self.evaluation_batches(split), INSPECTED_BATCHES):
                 features = model(batch.inputs)[batch.targets != self.model.padding_index]

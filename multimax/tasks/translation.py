@@ -19,7 +19,14 @@ from multimax.models.output import Output
 from multimax.models.registry import TRANSLATION_MODELS, build_model
 from multimax.models.transformer import TranslationModel
 from multimax.options import Section
-from multimax.tasks.base import DataSets, Sections, Task, check_not_diverged, describe_model
+from multimax.tasks.base import (
+    DataSets,
+    Sections,
+    Task,
+    check_not_diverged,
+    describe_model,
+    inspected_split,
+)
 from multimax.tasks.language_modeling import TokenLoss, smoothed_negative_log_likelihood
 
 INSPECTED_SENTENCES = 64  # of an evaluation split
@@ -183,7 +190,7 @@ class Translation(Task):
 
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
         model = cast(TranslationModel, model)
-        pairs = self.data.splits[next(iter(self.splits))]
+        pairs = self.data.splits[inspected_split(self.splits)]
         with NormalizerRecorder(model) as recorder:
             # One at a time: what attends from padding would count too.
             for index in range(min(INSPECTED_SENTENCES, len(pairs))):

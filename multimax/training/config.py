@@ -35,7 +35,7 @@ from multimax.training.checks import check_settings
 from multimax.training.schedules import SCHEDULES
 
 # What changes nothing in the numbers of a run, so that it does not change its folder.
-NOT_IN_HASH = ("output_dir", "resume", "logger", "seed", "name", "tags")
+NOT_IN_HASH = ("output_dir", "resume", "logger", "seed", "name", "group", "tags")
 NOT_IN_HASH_NESTED: dict[str, tuple[str, ...]] = {
     "trainer": ("log_every",),
     "data": ("root", "num_workers", "cache"),
@@ -147,6 +147,9 @@ class Config(Section):
         description="of the experiment and its folder: letters, digits, and . + - _ after the first"
     )
     seed: Whole = Field(description="of weights, order and augmentation")
+    group: str | None = Field(
+        None, description="of runs in Weights & Biases; null is the name of the experiment"
+    )
     tags: list[str] = Field(description="for Weights & Biases")
     output_dir: str = Field(description="folder of all runs")
     resume: str = Field(

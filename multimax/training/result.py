@@ -25,6 +25,7 @@ COLUMNS = {
     "entropy": "entropy",
     "support_size": "support",
     "sparsity": "S",
+    "uniform_sparsity": "S, s=0.1/n",
     "multi_modality": "M",
     "decreasing_share": "falling",
 }
@@ -185,7 +186,8 @@ def _print_normalizers(console: Console, normalizers: dict[str, dict[str, float]
     table = Table(
         title="attention layers and output layer",
         caption="means over evaluation rows: entropy in nats, support = entries > 0, sparsity S "
-        "and multi-modality M as in the paper, falling = share of scores that MultiMax reverses",
+        "and multi-modality M as in the paper, S also with one reference s for rows of n entries, "
+        "falling = share of scores that MultiMax reverses",
         title_justify="left",
         caption_justify="left",
     )

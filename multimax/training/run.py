@@ -234,7 +234,7 @@ def _loggers(config: Config, folder: Path) -> list[Logger]:
     run = {
         "name": folder.name,
         "id": wandb_id(folder / "wandb_id"),
-        "group": config.name,
+        "group": config.group or config.name,
         "tags": config.tags,
         "config": config.recorded(),
     }

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from multimax import MultiMax, build_normalizer
-from multimax.tasks import build_task
+from multimax.tasks import build_task, image_classification
 from multimax.training.config import read_config
 
 ROOT = Path(__file__).parents[2]
@@ -146,4 +146,11 @@ def test_what_a_reader_is_told():
     assert lines["model"].startswith("VisionTransformer, ")
     rows = task.inspect(task.model.eval())
     assert list(rows) == ["blocks.0.attn.normalizer", "output"]
-    assert rows["output"]["entropy_count"] == 1000
+    assert rows["output"]["entropy_count"] == 2000  # the test split
+
+
+def test_only_so_many_images_are_inspected(monkeypatch):
+    task = build()
+    monkeypatch.setattr(image_classification, "INSPECTED_IMAGES", 70)
+    rows = task.inspect(task.model.eval())
+    assert rows["output"]["entropy_count"] == 70

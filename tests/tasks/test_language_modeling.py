@@ -203,7 +203,7 @@ def test_what_is_inspected(composed, monkeypatch):
     assert set(rows) == layers | {"decoder.output_projection.normalizer"}
     assert (
         rows["decoder.output_projection.normalizer"]["entropy_count"]
-        == task.splits["valid"]
+        == task.splits["test"]
         < 4 * 64
     )
     assert all(row["entropy_count"] > 0 and row["entropy"] > 0 for row in rows.values())

@@ -228,13 +228,13 @@ def test_every_normalizer_is_inspected_without_padding(build):
     places = ["encoder.layers.0.self_attn", "decoder.layers.0.self_attn",
               "decoder.layers.0.encoder_attn", "decoder.output_projection"]  # fmt: skip
     assert list(rows) == [f"{place}.normalizer" for place in places]
-    valid = task.data.splits["valid"]
+    test = task.data.splits["test"]
     assert rows["decoder.output_projection.normalizer"]["entropy_count"] == (
-        valid.target.lengths.sum()
+        test.target.lengths.sum()
     )
     heads = 2
     assert rows["encoder.layers.0.self_attn.normalizer"]["entropy_count"] == (
-        heads * valid.source.lengths.sum()
+        heads * test.source.lengths.sum()
     )
 
 

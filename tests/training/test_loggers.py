@@ -71,12 +71,12 @@ def test_broken_wandb_costs_no_run_and_is_said_once(tmp_path, monkeypatch, caplo
 def test_what_wandb_gets(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("WANDB_MODE", raising=False)  # a setting of whoever runs the tests
     fake = fake_wandb(monkeypatch, "nothing")
-    config = tiny_config(tmp_path, "logger.wandb=auto", "tags=[table1,cell]")
+    config = tiny_config(tmp_path, "logger.wandb=auto", "group=table1", "tags=[table1,cell]")
     result = run_quietly(config)
     folder = only(tmp_path, "result.json").parent
     options = fake.options
     assert (options["project"], options["mode"]) == ("multimax", "online")
-    assert (options["group"], options["name"]) == ("deit_multimax", folder.name)
+    assert (options["group"], options["name"]) == ("table1", folder.name)
     assert (options["tags"], options["dir"]) == (["table1", "cell"], folder)
     assert options["config"] == result["config"]
     assert options["id"] == (folder / "wandb_id").read_text()
@@ -90,7 +90,7 @@ def test_what_wandb_gets(tmp_path, monkeypatch, caplog):
         name: fake.summary[f"learned/blocks.0.attn/{name}"] for name in ("t_b_2", "t_d_1", "d_2")
     }
     assert learned == {"t_b_2": 1 - ts[2], "t_d_1": 1 + ts[1], "d_2": ranges[3]}
-    for measure in ("sparsity", "multi_modality"):
+    for measure in ("sparsity", "uniform_sparsity", "multi_modality"):
         row = result["normalizers"]["blocks.0.attn.normalizer"]
         assert fake.summary[f"normalizers/blocks.0.attn/{measure}"] == row[measure]
         assert f"normalizers/output/{measure}" in fake.summary
