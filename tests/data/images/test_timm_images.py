@@ -5,7 +5,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.auto_augment import RandAugment
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms import RandomResizedCropAndInterpolation
@@ -77,6 +77,25 @@ def test_the_augmentation_is_that_of_deit(folder):
     jitter = build(folder, auto_augment=None).train_transform.transforms[2]
     assert isinstance(jitter, transforms.ColorJitter)
     assert jitter.brightness == (0.7, 1.3)
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand-m10-n3-inc1", "rand-m0-n3", "v0", "original", "augmix-m10"]
+)
+def test_posterizing_to_no_bits_makes_an_image_black(folder, policy):
+    transform = build(folder, auto_augment=policy).train_transform
+    random.seed(0)
+    for _ in range(300):  # Pillow 13 refuses it
+        transform(picture(128, noise=60))
+    steps = transform.transforms
+    operations = [operation for step in steps for operation in getattr(step, "ops", [])]
+    operations += [op for step in steps for pair in getattr(step, "policy", []) for op in pair]
+    functions = {op.aug_fn for op in operations if "Posterize" in op.name}
+    assert functions
+    for function in functions:
+        assert np.asarray(function(picture(128), 0)).tolist() == np.zeros((250, 300, 3)).tolist()
+        expected = ImageOps.posterize(picture(200), 2)
+        assert np.array_equal(np.asarray(function(picture(200), 2)), np.asarray(expected))
 
 
 @pytest.mark.slow
