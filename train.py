@@ -30,6 +30,9 @@ CONFIGS = "configs"
 def main(config: DictConfig) -> None:
     """Run one configuration; Hydra calls this once, or once for each run of a sweep."""
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if "study" in config and not sweep:
+        name = config.study.name
+        raise SystemExit(f"error: study={name} is many runs: python train.py -m study={name}")
     try:
         run_job(config) if sweep else run(config)
     except InterruptedRunError as stop:

@@ -18,6 +18,10 @@ from multimax.options import as_typed, describe_field, leaves
 from multimax.training.config import read_config
 
 LENGTHS = ("epochs", "updates")
+LAUNCHERS = (
+    "\nlaunchers are plug-ins: for workstation type pip install '.[sweep]', for slurm pip install "
+    "'.[slurm]', for ray_cluster pip install hydra-ray-launcher"
+)
 
 
 def overrides_of(arguments: Sequence[str]) -> list[str]:
@@ -47,7 +51,8 @@ def describe_settings(config: DictConfig) -> str:
 
     The text of the resolver `${settings:}`, for `--help`.
     """
-    content: Any = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    others = ("hydra", "study", "cells")  # of a sweep, not of a run
+    content: Any = OmegaConf.masked_copy(config, [str(k) for k in config if k not in others])
     lines = []
     try:
         for name, value, field in leaves(read_config(content)):
@@ -91,7 +96,8 @@ def _explain(overrides: list[str], config_name: str) -> str | None:
         return _explain_groups(overrides) or str(error)
     unknown = re.search(r"Could not override '([^']+)'", message)
     if not unknown:
-        return message.split("Config search path")[0].strip()
+        hint = LAUNCHERS if "'hydra/launcher" in message else ""
+        return message.split("Config search path")[0].strip() + hint
     key = unknown.group(1)
     chosen = [p for p in _parse(overrides) if _chooses_group(p) and isinstance(p.value(), str)]
     groups = [str(p.input_line) for p in chosen]

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from multimax.training.config import read_config, run_folder
 from multimax.training.run import run
@@ -69,12 +69,33 @@ def run_job(config: DictConfig) -> None:
     finally:
         kept = None if folder is None or not folder.exists() else str(folder)
         if _main_process():
-            record.parent.mkdir(parents=True, exist_ok=True)
-            with record.open("a") as stream:
-                job = Job(list(hydra.overrides.task), state, said, kept)
-                stream.write(json.dumps(asdict(job)) + "\n")
+            _write(record, Job(list(hydra.overrides.task), state, said, kept))
         if state == "interrupted":
             print_summary(record)
+
+
+def finished_before(config: DictConfig, settings: list[str], record: Path) -> bool:
+    """Whether a run has its result already; it is recorded then, and needs no job.
+
+    A run that cannot be read, or whose configuration is wrong, is left to its job to complain.
+    """
+    try:
+        content: Any = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
+        typed = read_config(content)
+        folder = run_folder(typed)
+        if typed.resume == "never" or not (folder / "result.json").exists():
+            return False
+        said = main_metric(json.loads((folder / "result.json").read_text()))
+    except (ValueError, OSError, KeyError, TypeError):
+        return False
+    _write(record, Job(settings, "finished before", said, str(folder)))
+    return True
+
+
+def _write(record: Path, job: Job) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    with record.open("a") as stream:
+        stream.write(json.dumps(asdict(job)) + "\n")
 
 
 class SweepSummary(Callback):

@@ -1,0 +1,75 @@
+"""Hydra's way to the runs of a study: `python train.py -m study=table2`, with any launcher.
+
+Hydra takes plug-ins from this folder only.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from multimax.training.studies import read_study
+from multimax.training.sweep import RECORD, finished_before
+
+
+class StudySweeper(Sweeper):
+    """Launches the runs of `config.study` that have no result yet.
+
+    On the command line, `cells=a,b` and `seed=0,1` choose a part; all else holds for every run, and
+    may be a sweep of its own.
+    """
+
+    context: HydraContext
+    config: DictConfig
+    launcher: Launcher
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        """Called by Hydra before `sweep`."""
+        self.context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Launch what is missing, given the settings of the command line; SystemExit if wrong."""
+        folder = Path(self.config.hydra.sweep.dir)
+        try:
+            missing = [job for job in self._jobs(arguments) if not self._finished(job, folder)]
+        except ValueError as error:
+            raise SystemExit(f"error: {error}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        return self.launcher.launch(missing, initial_job_idx=0) if missing else []
+
+    def _jobs(self, arguments: list[str]) -> list[list[str]]:
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        chosen: dict[str, list[str]] = {}
+        others: list[list[str]] = []
+        for override in parser.parse_overrides(arguments):
+            key = override.get_key_element()
+            if override.is_sweep_override():
+                values = [str(value) for value in override.sweep_string_iterator()]
+            else:
+                values = [override.get_value_element_as_str()]
+            if key in ("cells", "seed"):
+                chosen[key] = values
+            elif key != "study":
+                others.append([f"{key}={value}" for value in values])
+        study = read_study(OmegaConf.to_container(self.config.study))
+        return [
+            job
+            for settings in itertools.product(*others)
+            for job in study.jobs(chosen.get("cells"), chosen.get("seed"), settings)
+        ]
+
+    def _finished(self, job: list[str], folder: Path) -> bool:
+        config = self.context.config_loader.load_sweep_config(self.config, job)
+        return finished_before(config, job, folder / RECORD)
