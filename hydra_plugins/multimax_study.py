@@ -25,32 +25,35 @@ class StudySweeper(Sweeper):
     may be a sweep of its own.
     """
 
-    context: HydraContext
-    config: DictConfig
-    launcher: Launcher
+    _context: HydraContext
+    _config: DictConfig
+    _launcher: Launcher
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
         """Called by Hydra before `sweep`."""
-        self.context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
+        self._context, self._config = hydra_context, config
+        self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launch what is missing, given the settings of the command line; SystemExit if wrong."""
-        folder = Path(self.config.hydra.sweep.dir)
+        folder = Path(self._config.hydra.sweep.dir)
         try:
             missing = [job for job in self._jobs(arguments) if not self._finished(job, folder)]
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
-        return self.launcher.launch(missing, initial_job_idx=0) if missing else []
+        OmegaConf.save(self._config, folder / "multirun.yaml")
+        try:
+            return self._launcher.launch(missing, initial_job_idx=0) if missing else []
+        except RuntimeError as error:  # of a launcher that is not where it thinks, such as SLURM's
+            raise SystemExit(f"error: {error}") from error
 
     def _jobs(self, arguments: list[str]) -> list[list[str]]:
-        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        parser = OverridesParser.create(config_loader=self._context.config_loader)
         chosen: dict[str, list[str]] = {}
         others: list[list[str]] = []
         for override in parser.parse_overrides(arguments):
@@ -63,7 +66,7 @@ class StudySweeper(Sweeper):
                 chosen[key] = values
             elif key != "study":
                 others.append([f"{key}={value}" for value in values])
-        study = read_study(OmegaConf.to_container(self.config.study))
+        study = read_study(self._config.study)
         return [
             job
             for settings in itertools.product(*others)
@@ -71,5 +74,5 @@ class StudySweeper(Sweeper):
         ]
 
     def _finished(self, job: list[str], folder: Path) -> bool:
-        config = self.context.config_loader.load_sweep_config(self.config, job)
+        config = self._context.config_loader.load_sweep_config(self._config, job)
         return finished_before(config, job, folder / RECORD)

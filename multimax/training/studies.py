@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
+from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, model_validator
 
 from multimax.options import Count, Section, as_typed, validate
@@ -114,6 +115,8 @@ def read_study(content: Any) -> Study:
     Raises:
         ValueError: something in it is missing, unknown, or of a wrong type.
     """
+    if isinstance(content, DictConfig):
+        content = OmegaConf.to_container(content)
     if not isinstance(content, Mapping):
         raise ValueError(f"study={as_typed(content)} must name a file of configs/study")
     return validate(Study, content, "study.")

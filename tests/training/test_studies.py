@@ -1,0 +1,202 @@
+"""Studies: what their files say, which runs they make, and how launchers run them."""
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from collections import Counter
+from functools import cache
+
+import pytest
+from hydra import compose, initialize_config_dir
+from tiny import ROOT
+
+from multimax.training.config import hashed_settings, read_config
+from multimax.training.studies import read_study
+
+STUDIES = sorted(path.stem for path in (ROOT / "configs" / "study").glob("*.yaml"))
+SMALL = ["debug=two_updates", "logger.wandb=disabled"]
+
+
+@cache
+def composed(*overrides):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def study(name):
+    return read_study(composed(f"study={name}").study)
+
+
+def example(**changes):
+    cells = {"a": {"row": ["A"], "settings": ["attention=topk"], "seeds": 3},
+             "b": {"row": ["B"], "settings": []}}  # fmt: skip
+    return {"name": "s", "title": "S", "base": ["task=translation"], "seeds": 2, "row": ["cell"],
+            "columns": {"BLEU": "test/bleu"}, "higher_is_better": True, "digits": 2,
+            "baseline": "a", "cells": cells} | changes  # fmt: skip
+
+
+def test_jobs_go_seed_by_seed_and_say_where_they_belong():
+    jobs = read_study(example()).jobs()
+    assert [(job[-2], job[-1]) for job in jobs] == [
+        ("tags=[s,a]", "seed=0"), ("tags=[s,b]", "seed=0"), ("tags=[s,a]", "seed=1"),
+        ("tags=[s,b]", "seed=1"), ("tags=[s,a]", "seed=2"),
+    ]  # fmt: skip
+    assert jobs[0][:3] == ["task=translation", "attention=topk", "group=s"]
+
+
+def test_a_part_of_the_jobs():
+    jobs = read_study(example()).jobs(["b"], ["10", "9"], ["optimizer.lr=1", "debug=two_updates"])
+    assert [job[-3:] for job in jobs] == [
+        [f"seed={seed}", "optimizer.lr=1", "debug=two_updates"] for seed in (9, 10)
+    ]
+    assert jobs[0][-4] == "tags=[s,b,debug]"  # so that it does not count as a result
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"baseline": "c"}, r"unknown cell 'c'; known: a, b"),
+        ({"row": ["x", "y"]}, r"cell a has the row \['A'\]: it must have a text for each of x, y"),
+        ({"seeds": 0}, r"study\.seeds=0 must be"),
+        ({"tilte": "S"}, r"there is no setting study\.tilte"),
+        ({"base": ["translation"]}, r"study\.base"),
+    ],
+)
+def test_what_is_wrong_with_a_study_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_study(example(**changes))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [((["c"],), "unknown cell 'c'"), ((None, ["x"]), "seed=x must be a whole number")],
+)
+def test_a_part_that_is_not_there_is_named(part, message):
+    with pytest.raises(ValueError, match=message):
+        read_study(example()).jobs(*part)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDIES)
+def test_each_cell_is_another_configuration_of_one_recipe(name):
+    of = study(name)
+    settings = {
+        cell: hashed_settings(read_config(composed(*of.settings(cell)))) for cell in of.cells
+    }
+    texts = Counter(json.dumps(content, sort_keys=True) for content in settings.values())
+    assert set(texts.values()) == {1}
+    recipes = [
+        {key: content[key] for key in ("task", "data", "trainer", "optimizer", "schedule", "loss")}
+        for content in settings.values()
+    ]
+    assert all(recipe == recipes[0] for recipe in recipes)
+    assert len({tuple(cell.row) for cell in of.cells.values()}) == len(of.cells)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_begins_with_its_title_and_command(name):
+    lines = (ROOT / "configs" / "study" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].endswith(study(name).title)
+    assert lines[2] == f"# python train.py -m study={name}"
+    runs = len(study(name).jobs())
+    assert lines[3].startswith(f"# small scale: {runs} runs of ")
+    assert study(name).name == name
+
+
+def sweep(folder, *arguments, **environment):
+    """The exit code and all that was printed."""
+    done = subprocess.run(
+        [sys.executable, "train.py", "-m", *SMALL, f"output_dir={folder}", *arguments],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | environment,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "workstation"])
+def test_only_what_is_missing_is_run(tmp_path, launcher):
+    options = [f"hydra/launcher={launcher}", "trainer.eval_batch_size=1000"]
+    code, said = sweep(tmp_path, "study=table2", "cells=softmax", "seed=0", *options)
+    assert (code, "sweep of 1 jobs: 1 finished\n" in said) == (0, True), said
+    result = json.loads(next(tmp_path.glob("small/deit/*/result.json")).read_text())
+    assert result["config"]["group"] == "table2"
+    assert result["config"]["tags"] == ["table2", "softmax", "debug"]
+    code, said = sweep(
+        tmp_path, "study=table2", "cells=softmax,topk-both", "seed=0", *options,
+        "optimizer.lr=1e-3,1e30",
+    )  # fmt: skip
+    assert code == 1
+    (counts,) = re.findall("sweep of 4 jobs: (.*)", said)
+    assert set(counts.split(", ")) == {"1 finished before", "1 finished", "2 failed"}, said
+    assert "Lower optimizer.lr" in said
+
+
+@pytest.mark.slow
+def test_a_study_is_a_sweep():
+    command = [sys.executable, "train.py", "study=table1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: study=table1 is many runs: python train.py -m study=table1\n"
+
+
+SBATCH = """#!{python}
+# sbatch of a cluster that has one node, and does at once what it is told to.
+import os, re, subprocess, sys
+script = open(sys.argv[-1]).read()
+open({said!r}, "w").write(script)
+first, last = re.search(r"--array=(\\d+)-(\\d+)", script).groups()
+for task in range(int(first), int(last) + 1):
+    variables = {{"SLURM_JOB_ID": str(7 + task), "SLURM_ARRAY_JOB_ID": "7",
+                 "SLURM_ARRAY_TASK_ID": str(task), "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
+                 "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1"}}
+    subprocess.Popen(["bash", sys.argv[-1]], env=os.environ | variables,
+                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print("Submitted batch job 7")
+"""
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do [[ $1 == *=* || $1 == --unbuffered ]] && shift || shift 2; done
+exec "$@"
+"""
+SACCT = """#!/bin/bash
+printf 'JobID|State|NodeList\\n7_0|RUNNING|node\\n7_1|RUNNING|node\\n'
+"""
+
+
+@pytest.mark.slow
+def test_jobs_of_slurm(tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    said = tmp_path / "script"
+    texts = {"sbatch": SBATCH.format(python=sys.executable, said=str(said)), "srun": SRUN,
+             "sacct": SACCT}  # fmt: skip
+    for name, text in texts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(stat.S_IRWXU)
+    code, printed = sweep(
+        tmp_path, "study=table2", "cells=softmax", "seed=0,1", "hydra/launcher=slurm",
+        "hydra.launcher.partition=gpu", "trainer.eval_batch_size=1000",
+        PATH=f"{programs}{os.pathsep}{os.environ['PATH']}",
+    )  # fmt: skip
+    assert (code, "sweep of 2 jobs: 2 finished\n" in printed) == (0, True), printed
+    script = said.read_text()
+    for wish in ("partition=gpu", "gpus-per-node=1", "time=1440", "mem=64GB", "job-name=multimax"):
+        assert f"#SBATCH --{wish}" in script
+
+
+@pytest.mark.slow
+def test_slurm_where_there_is_none(tmp_path):
+    code, said = sweep(
+        tmp_path,
+        "study=table2",
+        "cells=softmax",
+        "seed=0",
+        "hydra/launcher=slurm",
+        PATH=str(tmp_path),
+    )
+    assert code == 1
+    assert 'error: Could not detect "srun", are you indeed on a slurm cluster?' in said
+    assert "Traceback" not in said
