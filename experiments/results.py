@@ -1,20 +1,17 @@
-"""Results of runs: copied into `results/runs/`, read back, and summarized over seeds.
+"""Results of runs: copied into `results/runs/` with their learning curves, and read back.
 
 python -m experiments.results outputs/small/deit_*     # copy finished results into results/runs
 """
 
 import argparse
 import json
-import math
-import statistics
 from pathlib import Path
 from typing import Any
-
-from scipy import stats
 
 from multimax.files import write_json
 
 RUNS = Path("results/runs")
+CURVE_POINTS = 60  # of training; those of evaluations are all kept
 Result = dict[str, Any]
 # Before schema 2 a task had one model, which the configuration did not name.
 ONLY_MODELS = {
@@ -26,6 +23,8 @@ ONLY_MODELS = {
 
 def collect(folders: list[Path], target: Path = RUNS) -> list[Path]:
     """Copy every finished result below `folders` to `target/<scale>/<experiment>/<run>.json`.
+
+    A copy holds the learning curve too, as "curve".
 
     What was set aside and what `debug=two_updates` made is left out.
 
@@ -43,15 +42,19 @@ def collect(folders: list[Path], target: Path = RUNS) -> list[Path]:
             result = _read(file)
             if is_debug(result):
                 continue
+            curve = file.parent / "metrics.jsonl"
+            if curve.exists():
+                lines = [json.loads(line) for line in curve.read_text().splitlines()]
+                result["curve"] = thinned(lines)
             path = target / result["scale"] / result["experiment"] / f"{file.parent.name}.json"
             write_json(path, result)
             copied.append(path)
     return copied
 
 
-def load(source: Path = RUNS) -> list[Result]:
-    """All recorded results, wherever they lie below `source`, in the present schema."""
-    return [upgrade(_read(file)) for file in sorted(source.rglob("*.json"))]
+def load(source: Path = RUNS) -> dict[Path, Result]:
+    """All recorded results by file, wherever they lie below `source`, in the present schema."""
+    return {file: upgrade(_read(file)) for file in sorted(source.rglob("*.json"))}
 
 
 def is_debug(result: Result) -> bool:
@@ -77,26 +80,11 @@ def upgrade(result: Result) -> Result:
     return result
 
 
-def mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (NaN for a single value)."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return statistics.fmean(values), deviation
-
-
-def paired_difference(
-    values: dict[int, float], baseline: dict[int, float], confidence: float = 0.95
-) -> tuple[float, float] | None:
-    """Mean difference to a baseline over common seeds, and half its confidence interval.
-
-    Student's t over the paired differences; None with fewer than two common seeds.
-    """
-    common = sorted(set(values) & set(baseline))
-    if len(common) < 2:
-        return None
-    differences = [values[seed] - baseline[seed] for seed in common]
-    mean, deviation = mean_and_deviation(differences)
-    quantile = float(stats.t.ppf((1 + confidence) / 2, len(common) - 1))
-    return mean, quantile * deviation / math.sqrt(len(common))
+def thinned(lines: list[dict[str, Any]], points: int = CURVE_POINTS) -> list[dict[str, Any]]:
+    """The lines of a learning curve: those of evaluations, and as many others as wanted."""
+    evaluated = {i for i, line in enumerate(lines) if any(k.startswith("valid/") for k in line)}
+    step = max(1, len(lines) // points)
+    return [line for i, line in enumerate(lines) if i in evaluated or i % step == 0]
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Which recorded runs belong to a row of a table: those of its configuration, wherever they lie."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,49 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from experiments.results import Result
+from multimax.registry import look_up
 from multimax.training.command_line import complete_length
 from multimax.training.config import hashed_settings, read_config
+from multimax.training.result import flat_summary
+from multimax.training.studies import Study, read_study
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NORMALIZERS = ("attention", "output")
+STUDIES = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))
+
+
+def settings_of(*overrides: str) -> dict[str, Any]:
+    """The settings that a command line of `train.py` composes, without those of no consequence.
+
+    Raises:
+        ValueError: they do not compose.
+    """
+    return hashed_settings(read_config(_composed(*overrides)))
+
+
+def _composed(*overrides: str) -> Any:
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose("config", overrides=complete_length(overrides))
+    except HydraException as error:
+        raise ValueError(str(error).partition("\n")[0]) from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recorded run, as tables need it.
+
+    Attributes:
+        settings: that can change its numbers, but for the seed.
+        seed: of the run.
+        figures: such as "test/top1", by the names that Weights & Biases has too.
+        place: where it is recorded.
+    """
+
+    settings: dict[str, Any]
+    seed: int
+    figures: dict[str, float]
+    place: str
 
 
 @dataclass
@@ -26,52 +65,44 @@ class Selection:
             each setting is another one.
     """
 
-    runs: dict[int, Result] = field(default_factory=dict)
+    runs: dict[int, Run] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def settings_of(*overrides: str) -> dict[str, Any]:
-    """The settings that a command line of `train.py` composes, without those of no consequence.
+def run_of(result: Result, place: str = "") -> Run:
+    """The run that a result records."""
+    settings = hashed_settings(read_config(result["config"]))
+    return Run(settings, result["seed"], flat_summary(result), place or result["experiment"])
+
+
+def study_of(name: str, *overrides: str) -> Study:
+    """A study of `configs/study/`.
 
     Raises:
-        ValueError: they do not compose.
+        ValueError: there is none of this name, or something in it is wrong.
     """
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = compose("config", overrides=complete_length(overrides))
-    except HydraException as error:
-        raise ValueError(str(error).partition("\n")[0]) from error
-    return hashed_settings(read_config(composed))
+    look_up("study", dict.fromkeys(STUDIES), name)
+    return read_study(_composed(f"study={name}", *overrides).study)
 
 
-def recorded_settings(result: Result) -> dict[str, Any]:
-    """The settings that a run recorded, in the same form."""
-    return hashed_settings(read_config(result["config"]))
-
-
-def select(settings: dict[str, Any], results: list[tuple[dict[str, Any], Result]]) -> Selection:
+def select(settings: dict[str, Any], runs: Iterable[Run]) -> Selection:
     """The runs with these settings, by seed.
-
-    Args:
-        settings: of `settings_of`.
-        results: recorded settings and results.
 
     Raises:
         ValueError: two runs have the same settings and the same seed.
     """
     found = Selection()
     kind = ("task", "scale", *NORMALIZERS)
-    for recorded, result in results:
-        if recorded == settings:
-            seed = result["seed"]
-            if seed in found.runs:
+    for run in runs:
+        if run.settings == settings:
+            if run.seed in found.runs:
                 raise ValueError(
-                    f"seed {seed} is recorded twice for {result['experiment']}, with one "
-                    f"configuration ({result['config_hash']}): delete one of the two results"
+                    f"seed {run.seed} is recorded twice with one configuration, in {run.place} and "
+                    f"in {found.runs[run.seed].place}: delete one of the two results"
                 )
-            found.runs[seed] = result
-        elif all(recorded[key] == settings[key] for key in kind):
-            found.left_out.update(differences(recorded, settings))
+            found.runs[run.seed] = run
+        elif all(run.settings[key] == settings[key] for key in kind):
+            found.left_out.update(differences(run.settings, settings))
     return found
 
 

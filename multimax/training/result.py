@@ -115,17 +115,35 @@ def named_scalars(learned: Mapping[str, list[float]]) -> dict[str, dict[str, lis
     return named
 
 
+def attention_means(normalizers: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
+    """The measures of all attention layers in one, such as "attention/multi_modality".
+
+    Args:
+        normalizers: measures by module name, as a result has them.
+
+    Returns:
+        Means over the layers; a measure that a layer does not have has none.
+    """
+    layers = [row for name, row in normalizers.items() if "attn" in name]
+    means: dict[str, float] = {}
+    for key in COLUMNS:
+        values = [value for row in layers if (value := row.get(key)) is not None]
+        if values and len(values) == len(layers):
+            means[f"attention/{key}"] = sum(values) / len(values)
+    return means
+
+
 def flat_summary(result: Mapping[str, Any]) -> dict[str, float]:
     """Metrics, learned scalars and measures of the normalizers under one level of names.
 
-    Such as "test/top1", "learned/blocks.0.attn/t_b_1" (of order 1) and
-    "normalizers/blocks.0.attn/sparsity".
+    Such as "test/top1", "learned/blocks.0.attn/t_b_1" (of order 1),
+    "normalizers/blocks.0.attn/sparsity" and "attention/sparsity".
     """
     flat = {
         f"{split}/{name}": value
         for split, row in result["metrics"].items()
         for name, value in row.items()
-    }
+    } | attention_means(result["normalizers"])
     for layer, scalars in named_scalars(result["learned_scalars"]).items():
         for name, values in scalars.items():
             for number, value in enumerate(values, 1):

@@ -21,11 +21,31 @@ class Cell(Section):
         row: what its row of the table begins with, a text for each of `Study.row`.
         settings: of `train.py`, beside those of the whole study.
         seeds: how many, counted from 0; null is the number of the study.
+        run_log: the first figure in the log of the paper's first author, one run at paper scale.
     """
 
     row: list[str]
     settings: Settings
     seeds: Count | None = None
+    run_log: float | None = None
+
+
+class Claim(Section):
+    """Something that the study is to confirm or refute.
+
+    Attributes:
+        text: the claim.
+        cell: whose figure is claimed to be higher.
+        than: the cell that it is compared with; null is the baseline.
+        column: which figure.
+        lower: whether the figure is claimed to be lower, not higher.
+    """
+
+    text: str
+    cell: str
+    than: str | None = None
+    column: str
+    lower: bool = False
 
 
 class Study(Section):
@@ -41,8 +61,10 @@ class Study(Section):
             "test/top1". The first one also has its spread and its difference to the baseline.
         higher_is_better: whether the first figure is to rise.
         digits: after the decimal point.
+        unit: what the figures were counted on.
         baseline: the cell that the others are compared with.
         cells: by name.
+        claims: what the differences say of it.
     """
 
     name: Name
@@ -53,12 +75,18 @@ class Study(Section):
     columns: Annotated[dict[str, str], Field(min_length=1)]
     higher_is_better: bool
     digits: Annotated[int, Field(ge=0, le=10)]
+    unit: str
     baseline: str
     cells: Annotated[dict[Name, Cell], Field(min_length=1)]
+    claims: Annotated[tuple[Claim, ...], Field(strict=False)] = ()
 
     @model_validator(mode="after")
     def _check_cells(self) -> "Study":
-        look_up("cell", self.cells, self.baseline)
+        for cell in (self.baseline, *(claim.cell for claim in self.claims)):
+            look_up("cell", self.cells, cell)
+        for claim in self.claims:
+            look_up("cell", self.cells, claim.than or self.baseline)
+            look_up("column", self.columns, claim.column)
         for name, cell in self.cells.items():
             if len(cell.row) != len(self.row):
                 raise ValueError(
