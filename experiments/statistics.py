@@ -48,7 +48,7 @@ def paired_difference(
     error = deviation / math.sqrt(len(common))
     freedom = len(common) - 1
     quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-    t = abs(mean) / error if error else math.inf * bool(mean)
+    t = abs(mean) / error if error else math.inf if mean else 0.0
     p_value = 2 * float(stats.t.sf(t, freedom))
     smallest = (quantile + float(stats.t.ppf(POWER, freedom))) * error
     return Difference(mean, quantile * error, p_value, smallest, len(common))

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +22,7 @@ from rich.progress import (
 from multimax.files import write_atomically
 
 log: logging.Logger = logging.getLogger(__name__)
+PROJECT = "multimax"  # in Weights & Biases
 
 
 class Logger(Protocol):
@@ -93,11 +94,10 @@ class WandbLogger:
         try:
             import wandb
 
-            online = mode == "online" or (mode == "auto" and _logged_in(wandb))
             self.run = wandb.init(
-                project="multimax",
+                project=PROJECT,
                 dir=folder,
-                mode="online" if online else "offline",
+                mode=wandb_mode(mode, wandb),
                 resume="allow",
                 settings=wandb.Settings(init_timeout=60, silent=True, console="off"),
                 **run,
@@ -144,10 +144,14 @@ class WandbLogger:
         )
 
 
-def _logged_in(wandb: Any) -> bool:
+def wandb_mode(mode: str, wandb: Any) -> Literal["online", "offline"]:
+    """What "auto" stands for: "online" if the user is logged in; other modes are as they are."""
+    if mode != "auto":
+        return "online" if mode == "online" else "offline"
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return False
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False, verify=False))
+        return "offline"
+    known = os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False, verify=False)
+    return "online" if known else "offline"
 
 
 class ProgressDisplay:

@@ -9,11 +9,14 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
+from scipy import stats
 
 from experiments import modulators, normalizers
-from experiments.results import collect, paired_difference, upgrade
-from experiments.selection import CONFIGS
-from experiments.tables import TABLES, main
+from experiments.rendering import FILES, in_readme
+from experiments.results import collect, load, upgrade
+from experiments.selection import CONFIGS, run_of, study_of
+from experiments.statistics import holm, paired_difference
+from experiments.tables import TABLES, build, main
 from multimax.training.config import read_config
 
 ROOT = CONFIGS.parent
@@ -27,7 +30,7 @@ def composed(*overrides):
 
 
 def result(experiment="deit_softmax", seed=0, top1=80.0, split="test", overrides=()):
-    config = composed(f"experiment={experiment}", *overrides)
+    config = composed(f"experiment={experiment}", *overrides) | {"seed": seed}
     return {
         "schema": 2,
         "experiment": experiment,
@@ -38,6 +41,11 @@ def result(experiment="deit_softmax", seed=0, top1=80.0, split="test", overrides
         "config": config,
         "metrics": {split: {"top1": top1, "examples": 2000}},
         "training_seconds": 90.0,
+        "normalizers": {
+            "blocks.0.attn.normalizer": {"uniform_sparsity": 0.25, "multi_modality": 0.5},
+            "blocks.1.attn.normalizer": {"uniform_sparsity": 0.35, "multi_modality": 0.7},
+            "output": {"uniform_sparsity": 0.9, "multi_modality": 0.9},
+        },
         "learned_scalars": {"output.ts": [0.1] * 4, "output.ranges": [0.0] * 4},
     }
 
@@ -48,40 +56,106 @@ def store(folder, results):
         (folder / f"any_name_{number}.json").write_text(json.dumps(entry))
 
 
-def rows(name, source, **options):
-    table, caption, notes = TABLES[name].rows("small", source, **options)
-    return {row["attention"]: row for row in table}, caption, notes
+def table_of(name, source, *overrides):
+    runs = [run_of(entry, str(file)) for file, entry in load(source).items()]
+    return build(study_of(name), "small", runs, overrides)
+
+
+def by_cell(name, source, *overrides):
+    table = table_of(name, source, *overrides)
+    return dict(zip(study_of(name).cells, table.rows, strict=True)), table
 
 
 def test_table_has_means_spread_and_paired_differences_and_empty_cells(tmp_path):
     softmax, multimax = [80.0, 82.0, 81.0], [81.0, 82.5, 82.5]
     store(tmp_path, [result(seed=s, top1=v) for s, v in enumerate(softmax)])
     store(tmp_path, [result("deit_multimax", s, v) for s, v in enumerate(multimax)])
-    by_name, caption, notes = rows("table1", tmp_path)
-    assert by_name["SoftMax"]["top-1 %"] == "81.00"
-    assert by_name["SoftMax"]["minus SoftMax"] == ""
-    assert by_name["MultiMax"]["top-1 %"] == "82.00"
-    assert by_name["MultiMax"]["sd"] == f"{statistics.stdev(multimax):.2f}"
-    assert by_name["MultiMax"]["minus SoftMax"] == "+1.00"
+    rows, table = by_cell("table2", tmp_path)
+    assert rows["softmax"] == {
+        "attention": "SoftMax", "output": "SoftMax", "top-1 %": "81.00", "sd": "1.00",
+        "seeds": "3", "n": "2,000", "difference": "", "95 % CI": "", "S": "0.30", "M": "0.60",
+    }  # fmt: skip
+    ours = rows["multimax2-both"]
+    assert ours["attention"] == ours["output"] == "MultiMax, order 2"
+    assert (ours["top-1 %"], ours["sd"]) == ("82.00", f"{statistics.stdev(multimax):.2f}")
+    assert ours["difference"] == "+1.00"
     half = 4.302653 * statistics.stdev([1.0, 0.5, 1.5]) / math.sqrt(3)  # t, 2 degrees of freedom
-    assert by_name["MultiMax"]["95 % CI"] == f"±{half:.2f}"
-    assert set(by_name["sparsemax"].values()) == {"sparsemax", ""}
-    assert "2,000" in caption
-    assert notes == []
+    assert ours["95 % CI"] == f"±{half:.2f}"
+    assert set(rows["sparsemax-both"].values()) == {"sparsemax", ""}
+    assert table.caption.endswith("in both, at small scale")
+    assert (table.notes, table.runs) == ([], 6)
+    smallest = (4.302653 + 1.060660) * 0.5 / math.sqrt(3)  # quantiles 0.975 and 0.8
+    assert table.remarks[1] == (
+        "MultiMax of order 2 in attention and output layer beats SoftMax: **underpowered** at this "
+        f"scale (top-1 % +1.00 ± {half:.2f}, 3 pairs; such a comparison sees {smallest:.2f} in "
+        "80 % of cases)."
+    )
+    assert table.remarks[2].endswith("beats SoftMax: not run.")
+
+
+def test_a_star_is_for_what_holm_leaves(tmp_path):
+    """p of the rows: 0.0033 (all seeds), 0.03 and 0.03; Holm leaves the first alone."""
+    seeds = range(5)
+    store(tmp_path, [result(seed=s, top1=80.0 + s) for s in seeds])
+    spread = {"deit_topk": (0.9, 1.0, 1.1, 1.2, 0.8), "deit_evsoftmax": (2.0, 0.2, 1.5, 0.3, 1.0)}
+    spread["deit_entmax15"] = spread["deit_evsoftmax"]
+    for name, gains in spread.items():
+        store(tmp_path, [result(name, s, 80.0 + s + gains[s]) for s in seeds])
+    rows, _ = by_cell("table2", tmp_path)
+    p = stats.ttest_1samp(spread["deit_evsoftmax"], 0).pvalue
+    assert 0.025 < p < 0.05
+    assert rows["topk-attention"]["difference"] == "+1.00*"
+    assert rows["evsoftmax-attention"]["difference"] == "+1.00"
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ((1.0, 1.1, 0.9), "confirmed"),
+        ((-1.0, -1.1, -0.9), "refuted"),
+        ((1, -1, 0.5), "underpowered"),
+    ],
+)
+def test_claims_get_a_verdict(tmp_path, gains, verdict):
+    store(tmp_path, [result(seed=s, top1=80.0) for s in range(3)])
+    ours = [result("deit_multimax", s, 80.0 + gain) for s, gain in enumerate(gains)]
+    store(tmp_path, ours)
+    assert f"**{verdict}**" in table_of("table2", tmp_path).remarks[1]
+
+
+def test_a_claim_can_be_that_something_is_lower(tmp_path):
+    def run(temperature, seed):
+        entry = result(seed=seed, overrides=(f"attention.temperature={temperature}",))
+        for row in entry["normalizers"].values():
+            row["uniform_sparsity"] = 1 / temperature + 0.01 * seed
+        return entry
+
+    store(tmp_path, [run(t, seed) for t in (0.5, 1, 2) for seed in range(3)])
+    said = table_of("table1", tmp_path).remarks
+    lower = "Temperature 2 makes attention less sparse than 1: **confirmed** at this scale (S -0.50"
+    assert any(remark.startswith(lower) for remark in said)
+    assert any("0.5 makes attention sparser than 1: **confirmed**" in remark for remark in said)
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_a_second_metric_has_its_mean_and_may_be_missing(tmp_path):
     runs = [result("lm_softmax", seed) for seed in (0, 1)]
     for seed, run in enumerate(runs):
         run["metrics"]["test"] |= {"perplexity": 100.0 + seed, "bits_per_byte": 2.0 + seed}
-    sparse = result("lm_sparsemax")
+    sparse = result("lm_softmax", overrides=("output=sparsemax",))
     sparse["metrics"]["test"]["smoothed_perplexity"] = 120.0
     store(tmp_path, [*runs, sparse])
-    by_name, _, _ = rows("table2", tmp_path)
-    softmax = by_name["SoftMax"]
+    rows, _ = by_cell("table3", tmp_path)
+    softmax, sparse = rows["softmax"], rows["sparsemax-output"]
     metrics = (softmax["perplexity"], softmax["sd"], softmax["bits per byte"])
     assert metrics == ("100.500", "0.707", "2.500")
-    assert (by_name["sparsemax"]["seeds"], by_name["sparsemax"]["perplexity"]) == ("1", "")
+    assert (sparse["seeds"], sparse["perplexity"]) == ("1", "")
+    assert sparse["smoothed perplexity"] == "120.000"
 
 
 def test_a_row_has_the_runs_of_its_configuration_whatever_their_name(tmp_path):
@@ -95,13 +169,16 @@ def test_a_row_has_the_runs_of_its_configuration_whatever_their_name(tmp_path):
     renamed["config"] = renamed["config"] | {"name": "mine", "tags": ["a"], "output_dir": "/b"}
     other_rate = result(seed=2, top1=99.0, overrides=("optimizer.lr=2e-3", "trainer.log_every=7"))
     store(tmp_path, [*sweep, renamed, other_rate])
-    by_name, _, notes = rows("table1", tmp_path)
-    assert (by_name["SoftMax"]["seeds"], by_name["SoftMax"]["top-1 %"]) == ("2", "51.00")
-    assert by_name["MultiMax"]["top-1 %"] == "70.00"
-    assert notes == ["deit_softmax: runs with other settings are left out (optimizer.lr)"]
-    by_name, _, notes = rows("table1", tmp_path, overrides=("optimizer.lr=0.002",))
-    assert (by_name["SoftMax"]["seeds"], by_name["SoftMax"]["top-1 %"]) == ("1", "99.00")
-    assert len(notes) == 2
+    rows, table = by_cell("table1", tmp_path)
+    assert [rows[f"average-{t}"]["top-1 %"] for t in ("0.5", "1", "2", "10")] == [
+        "50.50", "51.00", "52.00", "",
+    ]  # fmt: skip
+    assert "average-1: runs with other settings are left out" in "".join(table.notes)
+    assert "optimizer.lr" in "".join(table.notes)
+    rows, _ = by_cell("table1", tmp_path, "optimizer.lr=0.002")
+    assert (rows["average-1"]["seeds"], rows["average-1"]["top-1 %"]) == ("1", "99.00")
+    rows, table = by_cell("table2", tmp_path)
+    assert rows["multimax2-both"]["top-1 %"] == "70.00"
 
 
 def test_results_of_schema_1_are_those_of_schema_2(tmp_path):
@@ -114,39 +191,72 @@ def test_results_of_schema_1_are_those_of_schema_2(tmp_path):
 
 def test_a_seed_twice_is_refused(tmp_path):
     store(tmp_path, [result(), result(top1=81.0)])
-    with pytest.raises(ValueError, match="seed 0 is recorded twice for deit_softmax"):
-        rows("table1", tmp_path)
+    with pytest.raises(ValueError, match=r"seed 0 is recorded twice .*any_name_1.*any_name_0"):
+        table_of("table2", tmp_path)
 
 
 def test_the_committed_tables_are_those_of_the_committed_runs():
-    for name, table in TABLES.items():
-        lines, caption, _ = table.rows("small", ROOT / "results" / "runs")
-        for suffix, text in table.files(lines, caption).items():
-            file = ROOT / "results" / "tables" / f"{name}_small{suffix}"
-            assert file.read_text() == text, f"{file} is stale: python -m experiments.tables {name}"
-        assert any(line["seeds"] for line in lines)
+    runs = [run_of(entry, str(file)) for file, entry in load(ROOT / "results" / "runs").items()]
+    readme = (ROOT / "README.md").read_text()
+    for name in TABLES:
+        table = build(study_of(name), "small", runs)
+        assert table.runs
+        for suffix, form in FILES.items():
+            file = ROOT / "results" / "tables" / f"{table.name}{suffix}"
+            stale = f"{file} is stale: python -m experiments.tables {name} --readme"
+            assert file.read_text() == form(table), stale
+        assert f"<!-- {table.name} -->" in readme
+        assert in_readme(readme, table) == readme, f"README.md is stale: as for {file}"
 
 
 def test_the_command_names_what_there_is(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables", "table9"])
-    with pytest.raises(SystemExit, match="unknown table 'table9'; known: table1, table2, table3"):
+    with pytest.raises(
+        SystemExit, match="unknown table 'table9'; known: table1, table2, table3, table4"
+    ):
         main()
 
 
 def test_pairs_are_made_by_seed():
     assert paired_difference({0: 1.0, 1: 2.0}, {1: 1.0}) is None
-    difference = paired_difference({2: 5.0, 0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.5, 7: 100.0})
-    assert difference == (0.5, 0.0)
+    found = paired_difference({2: 5.0, 0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.5, 7: 100.0})
+    assert (found.mean, found.half_width, found.p_value, found.pairs) == (0.5, 0.0, 0.0, 2)
+    same = paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
+    assert (same.mean, same.p_value) == (0.0, 1.0)
+
+
+def test_the_interval_is_that_of_a_paired_t_test():
+    values, base = {s: v for s, v in enumerate((3.0, 4.5, 4.0, 6.0))}, dict(enumerate((1, 4, 3, 4)))
+    found = paired_difference(values, base)
+    expected = stats.ttest_rel(list(values.values()), list(base.values()))
+    assert found.p_value == pytest.approx(expected.pvalue)
+    low, high = expected.confidence_interval(0.95)
+    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx(
+        (low, high)
+    )
 
 
 def test_table_files_hold_the_same_cells(tmp_path):
     store(tmp_path, [result(seed=s, top1=80 + s) for s in range(2)])
-    lines, caption, _ = TABLES["table1"].rows("small", tmp_path)
-    files = TABLES["table1"].files(lines, caption)
+    table = table_of("table2", tmp_path)
+    files = {suffix: form(table) for suffix, form in FILES.items()}
     read = list(csv.DictReader(io.StringIO(files[".csv"])))
-    assert (read[0]["attention"], read[0]["top-1 %"]) == ("SoftMax", "80.50")
-    assert "| SoftMax | softmax | 80.50 |" in files[".md"]
-    assert r"SoftMax & softmax & 80.50" in files[".tex"]
+    assert read == table.rows
+    assert "| SoftMax | SoftMax | 80.50 |" in files[".md"]
+    assert r"SoftMax & SoftMax & 80.50" in files[".tex"]
+    assert r"\begin{tabular}{llrrrrrrrr}" in files[".tex"]
+
+
+def test_the_log_of_the_author_stands_beside_the_paper_scale_only(tmp_path):
+    options = ("scale=paper", "data.root=/a")
+    store(tmp_path, [result(overrides=options, split="valid")])
+    runs = [run_of(entry) for entry in load(tmp_path).values()]
+    table = build(study_of("table2"), "paper", runs, ["data.root=/b"])
+    assert table.columns[-2:] == ["author's run log (one run), not the paper", "paper"]
+    assert [row[table.columns[-2]] for row in table.rows[:2]] == ["80.35", ""]
+    assert {row["paper"] for row in table.rows} == {""}
+    assert table.rows[0]["top-1 %"] == "80.00"  # ImageNet has a valid split only
+    assert "author" not in "".join(table_of("table2", tmp_path).columns)
 
 
 def test_collect_copies_finished_results_but_not_those_set_aside(tmp_path):

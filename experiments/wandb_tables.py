@@ -1,0 +1,84 @@
+"""Tables and Weights & Biases: a finished table as a `wandb.Table`, and runs read from there.
+
+`results/runs/` stays the truth: what Weights & Biases has is a mirror of it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from experiments.rendering import Table
+from experiments.selection import Run
+from multimax.training.config import hashed_settings, read_config
+from multimax.training.loggers import PROJECT, wandb_mode
+from multimax.training.studies import Study
+
+FIGURES = Path("results/figures")
+OUTPUTS = Path("outputs")  # where Weights & Biases keeps its own files
+
+
+def log_table(table: Table, study: Study, wandb: Any = None) -> str:
+    """Log a table and the figures of its study as a run of the job type "table".
+
+    Args:
+        table: the finished table.
+        study: its name is the group of the run, as of the runs of its cells.
+        wandb: the package, or what stands for it.
+
+    Returns:
+        Where it went.
+
+    Raises:
+        ValueError: Weights & Biases cannot be reached.
+    """
+    if wandb is None:
+        import wandb
+    OUTPUTS.mkdir(exist_ok=True)
+    try:
+        run = wandb.init(
+            project=PROJECT,
+            dir=OUTPUTS,
+            mode=wandb_mode("auto", wandb),
+            group=study.name,
+            job_type="table",
+            name=table.name,
+            tags=[study.name, "table"],
+            config={"caption": table.caption},
+        )
+    except wandb.errors.Error as error:
+        raise ValueError(f"Weights & Biases: {error}; offline: WANDB_MODE=offline") from error
+    rows = [[row[column] for column in table.columns] for row in table.rows]
+    content: dict[str, Any] = {table.name: wandb.Table(columns=table.columns, data=rows)}
+    for file in sorted(FIGURES.glob(f"{table.name}*.png")):
+        content[file.stem] = wandb.Image(str(file))
+    run.log(content)
+    run.summary["remarks"] = table.remarks
+    run.finish()
+    return f"{table.name}: {run.url or run.dir}"
+
+
+def runs_of(project: str, api: Any = None) -> list[Run]:
+    """The finished runs of a project, as tables need them.
+
+    Args:
+        project: "ENTITY/PROJECT".
+        api: of Weights & Biases, or what stands for it.
+
+    Raises:
+        ValueError: the project cannot be read.
+    """
+    if api is None:
+        import wandb
+
+        api = wandb.Api()
+    try:
+        found = list(api.runs(project, filters={"state": "finished"}))
+    except Exception as error:  # of its client, which has many kinds
+        raise ValueError(f"cannot read {project} from Weights & Biases: {error}") from error
+    return [_run(run) for run in found if "seed" in run.config and "debug" not in run.tags]
+
+
+def _run(run: Any) -> Run:
+    config = read_config(dict(run.config))
+    summary: dict[str, Any] = dict(run.summary)
+    figures = {name: float(v) for name, v in summary.items() if isinstance(v, int | float)}
+    return Run(hashed_settings(config), config.seed, figures, f"run {run.name} of W&B")

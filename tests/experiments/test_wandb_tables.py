@@ -1,0 +1,74 @@
+"""Tables to and from Weights & Biases, without its servers."""
+
+import json
+
+import pytest
+from offline_wandb import OfflineApi
+from test_tables import composed, result, store
+
+from experiments import wandb_tables
+from experiments.results import load
+from experiments.selection import run_of, study_of
+from experiments.tables import build
+from multimax.training.loggers import WandbLogger
+from multimax.training.result import flat_summary
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return tmp_path
+
+
+def mirror(folder, entry):
+    """The file of a run that the trainer's logger wrote offline."""
+    folder.mkdir(parents=True)
+    run = {"name": folder.name, "group": "table2", "tags": entry["config"]["tags"],
+           "config": entry["config"]}  # fmt: skip
+    logger = WandbLogger("offline", folder, run)
+    logger.log(1, {"train/loss": 2.0})
+    logger.finish(flat_summary(entry))
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return file
+
+
+@pytest.mark.slow
+def test_the_table_of_offline_runs_is_that_of_the_files(offline):
+    entries = [result("deit_softmax", seed, 80.0 + seed) for seed in (0, 1)]
+    entries += [result("deit_multimax", seed, 81.0 + 2 * seed) for seed in (0, 1)]
+    debug = result("deit_softmax", 2, 1.0)
+    debug["config"] = composed("experiment=deit_softmax") | {"tags": ["debug"], "seed": 2}
+    store(offline / "runs", entries)
+    files = [mirror(offline / f"run{i}", entry) for i, entry in enumerate([*entries, debug])]
+    study = study_of("table2")
+    recorded = [run_of(entry) for entry in load(offline / "runs").values()]
+    expected = build(study, "small", recorded)
+    assert expected.runs == 4
+    assert (
+        build(study, "small", wandb_tables.runs_of("us/multimax", OfflineApi(*files))) == expected
+    )
+
+
+@pytest.mark.slow
+def test_a_table_is_logged(offline, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(offline)
+    study = study_of("table2")
+    table = build(study, "small", [run_of(result(seed=seed)) for seed in (0, 1)])
+    said = wandb_tables.log_table(table, study)
+    assert said.startswith("table2_small: ")
+    (written,) = offline.rglob("*.table.json")
+    content = json.loads(written.read_text())
+    assert content["columns"] == table.columns
+    assert content["data"] == [list(row.values()) for row in table.rows]
+
+
+def test_a_project_that_cannot_be_read_is_named():
+    class Broken:
+        def runs(self, *_, **__):
+            raise RuntimeError("no such project")
+
+    with pytest.raises(ValueError, match="cannot read us/none from Weights & Biases: no such"):
+        wandb_tables.runs_of("us/none", Broken())
