@@ -144,7 +144,7 @@ def read_study(content: Any) -> Study:
         ValueError: something in it is missing, unknown, or of a wrong type.
     """
     if isinstance(content, DictConfig):
-        content = OmegaConf.to_container(content)
+        content = OmegaConf.to_container(content, resolve=True)
     if not isinstance(content, Mapping):
         raise ValueError(f"study={as_typed(content)} must name a file of configs/study")
     return validate(Study, content, "study.")

@@ -88,7 +88,8 @@ def finished_before(config: DictConfig, settings: list[str], record: Path) -> bo
         said = main_metric(json.loads((folder / "result.json").read_text()))
     except (ValueError, OSError, KeyError, TypeError):
         return False
-    _write(record, Job(settings, "finished before", said, str(folder)))
+    if _main_process():
+        _write(record, Job(settings, "finished before", said, str(folder)))
     return True
 
 

@@ -200,3 +200,22 @@ def test_slurm_where_there_is_none(tmp_path):
     assert code == 1
     assert 'error: Could not detect "srun", are you indeed on a slurm cluster?' in said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_the_script_of_a_table_runs_it_and_draws_it(tmp_path):
+    repository = tmp_path / "copy"
+    repository.mkdir()
+    for name in ("configs", "experiments", "hydra_plugins", "multimax", "scripts", "train.py"):
+        (repository / name).symlink_to(ROOT / name)
+    parts = ["cells=softmax", "seed=0", "trainer.updates=2", "schedule.warmup=0",
+             "decoding.beam=1", "decoding.max_len_a=0", "decoding.max_len_b=1"]  # fmt: skip
+    done = subprocess.run(
+        ["scripts/table4.sh", *parts, "logger.wandb=disabled", f"output_dir={tmp_path}/out"],
+        cwd=repository, capture_output=True, text=True,
+        env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sweep of 1 jobs: 1 finished" in done.stdout
+    table = (repository / "results" / "tables" / "table4_small.md").read_text()
+    assert re.search(r"\| SoftMax \| SoftMax \| \d+\.\d+ \|  \| 1 \| 1,351 \|", table)
