@@ -123,6 +123,14 @@ def test_figures_per_word_and_byte(composed, split):
     assert set(metrics) == {"loss", "perplexity", "word_perplexity", "bits_per_byte"}
 
 
+def test_label_smoothing_is_of_training_alone(composed):
+    plain, smoothed = (
+        evaluate(composed("lm_softmax", f"loss.label_smoothing={share}"), "valid")[0]
+        for share in (0, 0.3)
+    )
+    assert smoothed == plain
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("output", SPARSE)
 def test_sparse_outputs_have_no_perplexity_but_a_smoothed_one(composed, output):
