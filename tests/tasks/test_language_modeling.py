@@ -193,6 +193,19 @@ def test_training_loss_is_the_mean_over_the_targets_that_count(composed):
     assert smooth.loss(smooth.model.eval(), batches[0]) > task.loss(task.model, batches[0])
 
 
+def test_padding_counts_neither_in_the_loss_nor_in_the_weight(composed):
+    task = build(composed("lm_softmax"))
+    model, spans = task.model.eval(), [(0, 0, 16), (32, 32, 37)]
+    both, *alone = (
+        task.data.batch("train", chosen, task.device) for chosen in (spans, spans[:1], spans[1:])
+    )
+    assert [task.weight(batch) for batch in (both, *alone)] == [21, 16, 5]
+    assert both.targets.numel() == 32
+    with torch.no_grad():
+        expected = sum(task.loss(model, batch) * task.weight(batch) for batch in alone) / 21
+        torch.testing.assert_close(task.loss(model, both), expected)
+
+
 def test_training_batches_are_those_of_seed_and_rank(composed):
     def targets(seed, rank=0, world_size=1):
         task = build(composed("lm_softmax", f"seed={seed}"), rank, world_size)
