@@ -137,6 +137,11 @@ def test_pairs_are_made_by_seed():
     assert paired_difference({0: 1.0, 1: 2.0}, {1: 1.0}) is None
     difference = paired_difference({2: 5.0, 0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.5, 7: 100.0})
     assert difference == (0.5, 0.0)
+    # Neither in the order of the seeds, nor in that of the values, nor as if they were no pairs.
+    mean, half = paired_difference({1: 4.0, 0: 1.0, 2: 2.0}, {2: 0.0, 0: 3.0, 1: 1.0, 5: 9.0})
+    assert mean == pytest.approx(1.0)
+    spread = math.sqrt(((-2 - 1) ** 2 + (3 - 1) ** 2 + (2 - 1) ** 2) / 2)
+    assert half == pytest.approx(4.302653 * spread / math.sqrt(3))  # t, 2 degrees of freedom
 
 
 def test_table_files_hold_the_same_cells(tmp_path):

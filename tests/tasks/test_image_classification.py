@@ -126,6 +126,39 @@ def test_mixup_has_smoothed_targets_that_sum_to_one(monkeypatch):
     assert ((top - (1 - 8 * 0.02)).abs() < 1e-5).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "cut"),
+    [
+        (("loss.mixup=1000", "loss.cutmix=0"), False),
+        (("loss.mixup=0", "loss.cutmix=1000"), True),
+        (("loss.mixup=1000", "loss.cutmix=1000", "loss.mixup_switch_prob=0"), False),
+        (("loss.mixup=1000", "loss.cutmix=1000", "loss.mixup_switch_prob=1"), True),
+    ],
+)
+def test_images_and_targets_are_mixed_alike(monkeypatch, options, cut):
+    """In halves, as Beta(1000, 1000) draws them; a piece that is cut may end at the border."""
+    task, seen = build("loss.label_smoothing=0", *options), {}
+    monkeypatch.setattr(
+        "multimax.tasks.image_classification.output_loss",
+        lambda _, scores, soft: seen.update(images=scores, soft=soft),
+    )
+    np.random.seed(0)
+    images, targets = torch.rand(20, 1, 28, 28), torch.arange(20) % 10
+    task.loss(lambda mixed: mixed, (images, targets))
+    share = seen["soft"][0, 0].item()
+    assert 0.4 < share < (0.9 if cut else 0.6)
+    partners = F.one_hot(targets.flip(0), 10)
+    expected = share * F.one_hot(targets, 10) + (1 - share) * partners
+    torch.testing.assert_close(seen["soft"], expected)
+    if cut:
+        taken = seen["images"] != images
+        assert torch.equal(seen["images"], torch.where(taken, images.flip(0), images))
+        assert taken.double().mean().item() == pytest.approx(1 - share, abs=1e-6)
+    else:
+        blend = share * images + (1 - share) * images.flip(0)
+        torch.testing.assert_close(seen["images"], blend)
+
+
 def test_every_rank_evaluates_its_share():
     whole = build()
     parts = [build(rank=rank, world_size=2) for rank in range(2)]
