@@ -291,7 +291,7 @@ def fenchel_young_loss(
         raise ValueError(f"alpha must have one element, got shape {tuple(alpha.shape)}")
     else:
         check_least_alpha(alpha)
-        excess = excess_of(alpha, alpha - 1, to_compute_precision(scores).dtype)
+        excess = excess_of(alpha, alpha - 1, to_compute_precision(scores.new_empty(())).dtype)
     rows = partial(fenchel_young_rows, excess)
     options = (label_smoothing, ignore_index, reduction)
     return _reduced(rows, scores, target, *options, class_mask)
@@ -378,9 +378,10 @@ def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Te
     if not target.is_floating_point():
         return losses(logits, target)
     target = target.to(logits.dtype)
-    result = losses(logits, target)
-    if label_smoothing or (values_known(result) and not result.isnan().any()):
-        return result
+    if label_smoothing or values_known(logits):
+        result = losses(logits, target)
+        if label_smoothing or not result.isnan().any():
+            return result
     # Where a forbidden class has the probability 0, torch takes 0 times -inf, which is NaN.
-    unused = (target == 0) & (logits == -torch.inf)
-    return losses(logits.masked_fill(unused, torch.finfo(logits.dtype).min), target)
+    log_p = logits.log_softmax(-1)
+    return -(target * log_p.masked_fill(target == 0, 0.0)).sum(-1)

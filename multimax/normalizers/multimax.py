@@ -46,6 +46,8 @@ def multimax(
     if c_rows.usable(x, "multimax", None if fits else c_rows.NO_MODULATOR):
         coefficients = torch.cat([_identity(ts), ts, ranges]).to(x.dtype)
         return c_rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)
+    if mask is not None:  # the gradients of the scalars would be 0 times inf
+        x = x.masked_fill(~mask, 0.0)
     return masked_softmax(modulate(x, ts, ranges), dim, mask).to(scores.dtype)
 
 
