@@ -168,12 +168,13 @@ def _jacobian(ctx) -> tuple[Tensor, Any, Tensor, Tensor]:
 
 
 def _product(slope: Tensor, share: Tensor, vector: Tensor, dim: int) -> Tensor:
-    """Of the Jacobian, which is symmetric, and a vector; exactly 0 off the support."""
+    """Of the Jacobian, which is symmetric, and a vector; exactly 0 off the support, also of NaN."""
     total = (slope * vector).sum(dim, keepdim=True)
     product = slope * vector - share * total
-    if values_known(total) and not total.isnan().any():
+    spoilt = total.isnan()
+    if values_known(spoilt) and not spoilt.any():
         return product
-    return product.masked_fill(slope == 0, 0.0)
+    return product.masked_fill(spoilt & (slope == 0), 0.0)
 
 
 def _derivative_by_excess(p: Tensor, share: Tensor, excess: Tensor, dim: int) -> Tensor:

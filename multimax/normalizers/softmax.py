@@ -46,9 +46,11 @@ def _scale(scores: Tensor, temperature: float | Tensor) -> Tensor:
     scores_compute = to_compute_precision(scores)
     if isinstance(temperature, Tensor):
         hidden = hidden_entries(scores_compute, None)
+        temperature = temperature.to(scores_compute.dtype)
         # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
-        scaled = scores_compute.masked_fill(hidden, 0.0) / temperature.to(scores_compute.dtype)
-        return scaled.masked_fill(hidden, -torch.inf)
+        scaled = scores_compute.masked_fill(hidden, 0.0) / temperature
+        # The score itself has a gradient where -inf is the target, as with a fixed temperature.
+        return torch.where(hidden, scores_compute / temperature.detach(), scaled)
     _check_temperature(temperature)
     return scores_compute if temperature == 1 else scores_compute / temperature
 
