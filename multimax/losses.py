@@ -284,6 +284,7 @@ def fenchel_young_loss(
     Source: Blondel et al., Learning with Fenchel-Young Losses, JMLR 2020; Peters et al., Sparse
     Sequence-to-Sequence Models, ACL 2019.
     """
+    check_not_nested(scores)
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
         excess = alpha - 1

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from multimax.functional import (
     check_mask,
+    check_not_nested,
     function_transforms_active,
     masked_log_softmax,
     masked_softmax,
@@ -52,6 +53,7 @@ def entmax(
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
         return entmax_of_excess(scores, alpha - 1, dim, mask)
+    check_not_nested(scores)
     _check_alpha_shape(alpha, scores, dim)
     check_least_alpha(alpha)
     excess = excess_of(alpha, alpha - 1, to_compute_precision(scores.new_empty(())).dtype)
@@ -259,8 +261,9 @@ class EntMax(Normalizer):
     ) -> Tensor:
         if self.sparse:
             return super().log_probabilities(scores, dim, mask)
-        check_mask(mask, scores.shape)
-        return masked_log_softmax(to_compute_precision(scores), dim, mask)
+        x = to_compute_precision(scores)
+        check_mask(mask, x.shape)
+        return masked_log_softmax(x, dim, mask)
 
     def extra_repr(self) -> str:
         if self.fixed_alpha is not None:

@@ -128,7 +128,9 @@ class MultiMax(ModulatedSoftMax):
             return scores
         x = to_compute_precision(scores)
         hidden = hidden_entries(x, None)
-        z = affine(x, self.scale.to(x.dtype), self.shift.to(x.dtype), hidden)
+        # Of no dimension, as the scores may be.
+        scale, shift = self.scale.squeeze(0).to(x.dtype), self.shift.squeeze(0).to(x.dtype)
+        z = affine(x, scale, shift, hidden)
         return z.masked_fill(hidden, -torch.inf)
 
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:

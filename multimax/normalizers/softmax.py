@@ -100,7 +100,10 @@ class SoftMax(ModulatedSoftMax):
         return coefficients
 
     def modulate(self, scores: Tensor) -> Tensor:
-        return _scale(scores, self.temperature)
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.squeeze(0)  # of no dimension, as the scores may be
+        return _scale(scores, temperature)
 
     def extra_repr(self) -> str:
         fixed = self.fixed_temperature
