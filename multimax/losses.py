@@ -133,7 +133,7 @@ def linear_output_loss(
     how = "none" if reduction == "none" else "sum"
     hidden = None
     if class_mask is not None:
-        hidden = HiddenClasses(class_mask, shape, None if soft else flat_target == ignore_index)
+        hidden = HiddenClasses(class_mask, shape)
     losses = linear_loss(step, flat, weight, bias, flat_target, parameters, how, hidden)
     if reduction == "none":
         return losses.reshape(shape[:-1])
@@ -328,8 +328,8 @@ def _reduced(
     if not soft:
         flat_target = flat_target.masked_fill(ignored, 0)
     if class_mask is not None:
-        hidden = HiddenClasses(class_mask, scores.shape, None if soft else ignored)
-        flat_scores = flat_scores.masked_fill(hidden.of_rows(), -torch.inf)
+        hidden = HiddenClasses(class_mask, scores.shape).of_rows()
+        flat_scores = flat_scores.masked_fill(hidden, -torch.inf)
     losses = rows(flat_scores, flat_target, label_smoothing).masked_fill(ignored, 0.0)
     if reduction == "none":
         return losses.reshape(shape)

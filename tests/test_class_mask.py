@@ -113,12 +113,12 @@ def test_a_mask_is_broadcast(loss, shape, reduction, kind):
 def test_a_mask_is_never_expanded():
     for shape in SHAPES[:5]:
         mask = torch.rand(shape) < 0.5
-        hidden = linear_loss.HiddenClasses(mask, (2, 3, 6), None)
+        hidden = linear_loss.HiddenClasses(mask, (2, 3, 6))
         parts = torch.cat([hidden.of_rows(slice(i, i + 2)) for i in range(0, 6, 2)])
         assert torch.equal(parts, ~mask.expand(2, 3, 6).reshape(6, 6))
         kept = [t for t in vars(hidden).values() if isinstance(t, torch.Tensor)]
         assert all(t.untyped_storage().nbytes() == mask.numel() for t in kept)
-    shared = linear_loss.HiddenClasses(torch.ones(6) > 0, (1000, 6), None).of_rows()
+    shared = linear_loss.HiddenClasses(torch.ones(6) > 0, (1000, 6)).of_rows()
     assert shared.shape == (1000, 6)
     assert shared.untyped_storage().nbytes() == 6
 
@@ -139,7 +139,7 @@ def test_all_classes_forbidden_is_nan(normalizer, loss, class_scores, targets):
 
 
 def test_ignored_rows_may_be_forbidden(normalizer, loss, class_scores, targets):
-    """Their loss would be NaN, and so would the gradients of the scalars."""
+    """Their loss of NaN, times 0, reaches no gradient."""
     normalizer, target = normalizer.double(), targets["hard"].clone()
     mask = torch.ones(5, 6, dtype=torch.bool)
     mask[2], target[2] = False, -100
