@@ -49,6 +49,7 @@ def _scale(scores: Tensor, temperature: float | Tensor) -> Tensor:
         temperature = temperature.to(scores_compute.dtype)
         # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
         scaled = scores_compute.masked_fill(hidden, 0.0) / temperature
+        # The score itself has a gradient where -inf is the target, as with a fixed temperature.
         return torch.where(hidden, scores_compute / temperature.detach(), scaled)
     _check_temperature(temperature)
     return scores_compute if temperature == 1 else scores_compute / temperature
@@ -99,7 +100,10 @@ class SoftMax(ModulatedSoftMax):
         return coefficients
 
     def modulate(self, scores: Tensor) -> Tensor:
-        return _scale(scores, self.temperature)
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.squeeze(0)  # of no dimension, as the scores may be
+        return _scale(scores, temperature)
 
     def extra_repr(self) -> str:
         fixed = self.fixed_temperature
