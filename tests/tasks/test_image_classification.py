@@ -96,6 +96,14 @@ def test_classes_without_probability_keep_the_order_of_their_scores():
     assert 35 < found["top5"] < 65  # of random scores
 
 
+def test_a_loss_that_is_not_finite_is_no_figure():
+    task = build()
+    scores = torch.randn(len(labels(task, "valid")), 10)
+    scores[3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match="the valid loss is nan: training has diverged"):
+        evaluate(task, Table(scores, build_normalizer("softmax")))
+
+
 def test_label_smoothing_is_of_training_alone():
     task = build("loss.label_smoothing=0.3")
     images, targets = next(task.train_loader.batches(0))
