@@ -80,4 +80,7 @@ def test_the_dtype_is_that_of_the_scores_not_of_the_scalars(normalizer, scores, 
     wide = torch.promote_types(dtype, torch.float32)
     assert normalizer(scores).dtype == dtype
     assert normalizer.log_probabilities(scores).dtype == wide
-    assert normalizer.modulate(scores).dtype in (dtype, wide)
+    for x in (scores, scores[0, 0, 0, 0]):
+        assert normalizer.modulate(x).dtype in (dtype, wide)
+        if isinstance(normalizer, MultiMax):
+            assert normalizer.derivative(x).dtype == wide
