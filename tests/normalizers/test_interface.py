@@ -84,3 +84,12 @@ def test_the_dtype_is_that_of_the_scores_not_of_the_scalars(normalizer, scores, 
         assert normalizer.modulate(x).dtype in (dtype, wide)
         if isinstance(normalizer, MultiMax):
             assert normalizer.derivative(x).dtype == wide
+
+
+def test_gradients_that_keep_their_graph_are_the_same(normalizer, scores, mask):
+    """A kernel's backward is then another: `gradgradcheck` compares it with itself alone."""
+    normalizer, scores = normalizer.double(), scores.double().requires_grad_()
+    inputs = [scores, *normalizer.parameters()]
+    loss = (normalizer(scores, mask=mask) * torch.arange(7)).sum()
+    plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs, create_graph=True), plain)
