@@ -145,3 +145,13 @@ def test_every_so_many_updates_are_logged(tmp_path, every):
     logged = [update for update, metrics in trainer.loggers[0].entries if "train/loss" in metrics]
     assert logged == list(range(every, 7, every))
     assert all(rate > 0 for rate in trainer.loggers[0].series("train/rate"))
+
+
+def test_the_logged_norm_is_that_of_the_weights(tmp_path):
+    trainer = build_trainer(tmp_path, Regression(SIZES))
+    model = copy.deepcopy(trainer.task.model)
+    trainer.task.loss(model, trainer.task.train_loader.given[0]).backward()
+    weights = [p.grad for name, p in model.named_parameters() if not name.startswith("1.")]
+    trainer.fit(stop_after=1)
+    (norm,) = trainer.loggers[0].series("train/gradient_norm")
+    assert norm == pytest.approx(torch.nn.utils.get_total_norm(weights).item(), rel=1e-6)
