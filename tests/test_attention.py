@@ -88,6 +88,15 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros(normalizer, qkv, mask):
     assert (gradients[0][0, :, 3] == 0).all()
 
 
+def test_gradients_that_keep_their_graph_are_the_same(normalizer, qkv, mask):
+    """A kernel's backward is then another: `gradgradcheck` compares it with itself alone."""
+    out = attention(*qkv, normalizer.double(), mask)
+    inputs, vector = [*qkv, *normalizer.parameters()], torch.randn_like(out)
+    plain = torch.autograd.grad((out * vector).sum(), inputs, retain_graph=True)
+    kept = torch.autograd.grad((out * vector).sum(), inputs, create_graph=True)
+    torch.testing.assert_close(kept, plain)
+
+
 def test_more_queries_than_keys_leaves_the_first_with_nothing(qkv):
     query, key, value = qkv
     output = attention(query, key[..., :2, :], value[..., :2, :], SoftMax(), causal=True)

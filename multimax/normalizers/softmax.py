@@ -14,7 +14,8 @@ from multimax.functional import (
 from multimax.kernels import c_rows
 from multimax.normalizers.modulated import ModulatedSoftMax
 
-LEAST_TEMPERATURE = 1e-30  # scores up to 3e8 stay in fp32 when they are divided by it
+# Scores up to 3e8 stay in fp32 when they are divided by the least one.
+LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-30, 1e30
 
 
 def softmax(
@@ -70,10 +71,9 @@ class SoftMax(ModulatedSoftMax):
 
     def __init__(self, temperature: float = 1.0, learned: bool = False) -> None:
         super().__init__()
-        _check_temperature(temperature)
-        if not LEAST_TEMPERATURE <= temperature <= 1 / LEAST_TEMPERATURE:
+        if not LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
             raise ValueError(
-                f"temperature must be in [{LEAST_TEMPERATURE:g}, {1 / LEAST_TEMPERATURE:g}], got "
+                f"temperature must be in [{LEAST_TEMPERATURE:g}, {LARGEST_TEMPERATURE:g}], got "
                 f"{temperature}: scores divided by it leave fp32"
             )
         self.fixed_temperature: float | None = None if learned else float(temperature)

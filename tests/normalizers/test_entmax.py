@@ -23,7 +23,7 @@ def gradient_of(function, scores, *inputs):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 10, 196, 50_000])
 @pytest.mark.parametrize("spread", [0.1, 3.0])
-@pytest.mark.parametrize("name", ["sparsemax", "entmax15", 1.1, 1.3, 1.75, 2.0, 2.5, 4.0])
+@pytest.mark.parametrize("name", ["sparsemax", "entmax15", 1.1, 1.3, 1.75, 2.0, 2.5, 3.0, 4.0])
 def test_equals_the_entmax_package(name, size, spread):
     scores = spread * torch.randn(3, size, dtype=torch.float64)
     if isinstance(name, str):
@@ -120,3 +120,5 @@ def test_an_alpha_out_of_range(alpha):
 def test_an_alpha_that_varies_along_the_row(scores, shape):
     with pytest.raises(ValueError, match=r"alpha of shape .* must broadcast to scores"):
         entmax(scores, torch.full(shape, 1.5))
+    with pytest.raises(ValueError, match="along dim 1"):
+        entmax(torch.ones(3, 4, 5), torch.full((4, 1), 1.5), dim=1)

@@ -61,7 +61,9 @@ def test_top1_top5_and_loss(split):
     assert found["top1"] == pytest.approx(100 * (place == 0).mean(), abs=1e-9)
     assert found["top5"] == pytest.approx(100 * (place < 5).mean(), abs=1e-9)
     assert 30 < found["top1"] < found["top5"] - 10 < 89
-    assert found["loss"] == pytest.approx(F.cross_entropy(scores, target).item(), rel=1e-5)
+    batches = zip(scores.split(300), target.split(300), strict=True)
+    loss = sum(F.cross_entropy(*batch, reduction="none").sum().item() for batch in batches)
+    assert found["loss"] == pytest.approx(loss / len(target), rel=1e-12)  # summed in fp64
 
 
 def test_classes_are_ranked_by_probability():
@@ -94,6 +96,14 @@ def test_classes_without_probability_keep_the_order_of_their_scores():
     dense = evaluate(build(), Table(10 * scores, build_normalizer("softmax")))
     assert [found[key] for key in ("top1", "top5")] == [dense[key] for key in ("top1", "top5")]
     assert 35 < found["top5"] < 65  # of random scores
+
+
+def test_a_loss_that_is_not_finite_is_no_figure():
+    task = build()
+    scores = torch.randn(len(labels(task, "valid")), 10)
+    scores[3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match="the valid loss is nan: training has diverged"):
+        evaluate(task, Table(scores, build_normalizer("softmax")))
 
 
 def test_label_smoothing_is_of_training_alone():

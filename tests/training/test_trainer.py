@@ -135,7 +135,7 @@ class Scripted(Regression):
 
 @pytest.mark.parametrize(
     ("higher", "values", "best"),
-    [(True, (3.0, 7.0, 7.0, 5.0), 2), (False, (3.0, 1.0, 2.0, 1.5), 2)],
+    [(True, (3.0, 7.0, 7.0, 5.0), 2), (False, (3.0, 1.0, 1.0, 1.5), 2)],
 )
 def test_best_checkpoint_holds_the_best_weights(tmp_path, higher, values, best):
     task = Scripted(values, higher)
