@@ -10,6 +10,7 @@ from torch.nn.modules import module as torch_module
 
 from multimax.functional import (
     check_device,
+    check_heads,
     check_mask,
     check_not_nested,
     eager_attention,
@@ -200,7 +201,7 @@ def _four_dimensions(
     """
     fits = query.dim() == key.dim() == 4 and query.size(0) == key.size(0)
     if fits and key.shape[:-2] == value.shape[:-2]:
-        repeat_heads(query[:0], key[:0], value[:0])  # for its check of the heads
+        check_heads(query, key, value)
         return query, key, value, mask, query.shape[:-2]
     key, value = repeat_heads(query, key, value)
     leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])

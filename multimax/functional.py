@@ -45,11 +45,12 @@ def values_known(tensor: Tensor) -> bool:
 
 def check_not_nested(*tensors: Tensor) -> None:
     """Raise ValueError for a nested tensor, whose rows have no common length."""
-    if any(tensor.is_nested for tensor in tensors):
-        raise ValueError(
-            "nested (jagged) tensors are not supported: pad them, "
-            "torch.nested.to_padded_tensor(x, 0.0), and pass a mask that is False in the padding"
-        )
+    for tensor in tensors:
+        if tensor.is_nested:
+            raise ValueError(
+                "nested (jagged) tensors are not supported: pad them, torch.nested."
+                "to_padded_tensor(x, 0.0), and pass a mask that is False in the padding"
+            )
 
 
 def check_mask(mask: Tensor | None, shape: Sequence[int] | None = None, name: str = "mask") -> None:
@@ -60,19 +61,28 @@ def check_mask(mask: Tensor | None, shape: Sequence[int] | None = None, name: st
         shape: of the scores, which the mask must broadcast to: it must not broadcast them.
         name: what the error calls it.
     """
-    if mask is not None and mask.dtype != torch.bool:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
         raise ValueError(
             f"{name} must be boolean (True = may receive mass), got {mask.dtype}: "
             "for an additive mask use `mask > -inf`, for 0/1 use `mask.bool()`"
         )
-    if mask is not None and shape is not None:
-        leading = mask.dim() - len(shape)
-        sizes = zip(mask.shape, tuple(shape)[max(-leading, 0) :], strict=leading <= 0)
-        if leading > 0 or not all(own in (1, size) for own, size in sizes):
-            raise ValueError(
-                f"{name} of shape {tuple(mask.shape)} must broadcast to the scores, of shape "
-                f"{tuple(shape)}"
-            )
+    if shape is not None and not _expands(mask.shape, shape):
+        raise ValueError(
+            f"{name} of shape {tuple(mask.shape)} must broadcast to the scores, of shape "
+            f"{tuple(shape)}"
+        )
+
+
+def _expands(sizes: Sequence[int], shape: Sequence[int]) -> bool:
+    """Whether a tensor of these sizes can be expanded to `shape`."""
+    if len(sizes) > len(shape):
+        return False
+    for axis in range(-len(sizes), 0):  # every call comes here: all() takes three times as long
+        if sizes[axis] != 1 and sizes[axis] != shape[axis]:
+            return False
+    return True
 
 
 def check_device(like: Tensor, **tensors: Tensor | None) -> None:
@@ -196,9 +206,10 @@ def affine(scores: Tensor, scale: Tensor, shift: Tensor, hidden: Tensor) -> Tens
 
     inf would count as masked under a negative scale.
     """
+    spoilt = (scores == torch.inf) & ~hidden
+    nothing = torch.where(spoilt, torch.nan, 0.0).to(scores.dtype)
     # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
-    x = scores.masked_fill(scores == torch.inf, torch.nan).masked_fill(hidden, 0.0)
-    return scale * x + shift
+    return scale * scores.masked_fill(hidden, 0.0) + (shift + nothing)
 
 
 def eager_attention(
@@ -229,11 +240,17 @@ def repeat_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Ten
     """Keys and values for every query head."""
     if query.dim() < 3 or key.dim() < 3 or key.size(-3) in (1, query.size(-3)):
         return key, value  # the same heads, or one for all of them
-    repeats, rest = divmod(query.size(-3), key.size(-3)) if key.size(-3) else (0, 1)
-    if rest or value.size(-3) != key.size(-3):
-        raise ValueError(
-            f"query {tuple(query.shape)} has {query.size(-3)} heads, key {tuple(key.shape)} has "
-            f"{key.size(-3)} and value {tuple(value.shape)} has {value.size(-3)}: the heads of key "
-            "and value must be the same number, which divides those of query"
-        )
+    check_heads(query, key, value)
+    repeats = query.size(-3) // key.size(-3)
     return key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+
+
+def check_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise ValueError for heads, the third dimension from the end, that cannot be grouped."""
+    heads, of_key, of_value = query.size(-3), key.size(-3), value.size(-3)
+    if of_key != of_value or (heads != of_key and (of_key == 0 or heads % of_key)):
+        raise ValueError(
+            f"query {tuple(query.shape)} has {heads} heads, key {tuple(key.shape)} has {of_key} "
+            f"and value {tuple(value.shape)} has {of_value}: the heads of key and value must be "
+            "the same number, which divides those of query"
+        )

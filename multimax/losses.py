@@ -133,7 +133,7 @@ def linear_output_loss(
     how = "none" if reduction == "none" else "sum"
     hidden = None
     if class_mask is not None:
-        hidden = HiddenClasses(class_mask, shape, None if soft else flat_target == ignore_index)
+        hidden = HiddenClasses(class_mask, shape)
     losses = linear_loss(step, flat, weight, bias, flat_target, parameters, how, hidden)
     if reduction == "none":
         return losses.reshape(shape[:-1])
@@ -284,6 +284,7 @@ def fenchel_young_loss(
     Source: Blondel et al., Learning with Fenchel-Young Losses, JMLR 2020; Peters et al., Sparse
     Sequence-to-Sequence Models, ACL 2019.
     """
+    check_not_nested(scores)
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
         excess = alpha - 1
@@ -291,7 +292,7 @@ def fenchel_young_loss(
         raise ValueError(f"alpha must have one element, got shape {tuple(alpha.shape)}")
     else:
         check_least_alpha(alpha)
-        excess = excess_of(alpha, alpha - 1, to_compute_precision(scores).dtype)
+        excess = excess_of(alpha, alpha - 1, to_compute_precision(scores.new_empty(())).dtype)
     rows = partial(fenchel_young_rows, excess)
     options = (label_smoothing, ignore_index, reduction)
     return _reduced(rows, scores, target, *options, class_mask)
@@ -327,8 +328,8 @@ def _reduced(
     if not soft:
         flat_target = flat_target.masked_fill(ignored, 0)
     if class_mask is not None:
-        hidden = HiddenClasses(class_mask, scores.shape, None if soft else ignored)
-        flat_scores = flat_scores.masked_fill(hidden.of_rows(), -torch.inf)
+        hidden = HiddenClasses(class_mask, scores.shape).of_rows()
+        flat_scores = flat_scores.masked_fill(hidden, -torch.inf)
     losses = rows(flat_scores, flat_target, label_smoothing).masked_fill(ignored, 0.0)
     if reduction == "none":
         return losses.reshape(shape)
@@ -378,9 +379,10 @@ def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Te
     if not target.is_floating_point():
         return losses(logits, target)
     target = target.to(logits.dtype)
-    result = losses(logits, target)
-    if label_smoothing or (values_known(result) and not result.isnan().any()):
-        return result
+    if label_smoothing or values_known(logits):
+        result = losses(logits, target)
+        if label_smoothing or not result.isnan().any():
+            return result
     # Where a forbidden class has the probability 0, torch takes 0 times -inf, which is NaN.
-    unused = (target == 0) & (logits == -torch.inf)
-    return losses(logits.masked_fill(unused, torch.finfo(logits.dtype).min), target)
+    log_p = logits.log_softmax(-1)
+    return -(target * log_p.masked_fill(target == 0, 0.0)).sum(-1)

@@ -1,9 +1,17 @@
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 
 from multimax import build_normalizer, registered_normalizers
+
+# Settings of whoever runs the tests, which are not those of the tests; a test that is about them
+# sets its own. What is started in a process of its own is spared them too.
+for name in list(os.environ):
+    if name.startswith(("ACCELERATE_", "HYDRA_", "WANDB_")):
+        del os.environ[name]
 
 # Deterministic, so that a failure on one machine is the same failure on the next. The fixtures
 # that hypothesis warns about are modules which no example changes.

@@ -88,6 +88,15 @@ def test_a_query_that_may_attend_to_nothing_gets_zeros(normalizer, qkv, mask):
     assert (gradients[0][0, :, 3] == 0).all()
 
 
+def test_gradients_that_keep_their_graph_are_the_same(normalizer, qkv, mask):
+    """A kernel's backward is then another: `gradgradcheck` compares it with itself alone."""
+    out = attention(*qkv, normalizer.double(), mask)
+    inputs, vector = [*qkv, *normalizer.parameters()], torch.randn_like(out)
+    plain = torch.autograd.grad((out * vector).sum(), inputs, retain_graph=True)
+    kept = torch.autograd.grad((out * vector).sum(), inputs, create_graph=True)
+    torch.testing.assert_close(kept, plain)
+
+
 def test_more_queries_than_keys_leaves_the_first_with_nothing(qkv):
     query, key, value = qkv
     output = attention(query, key[..., :2, :], value[..., :2, :], SoftMax(), causal=True)
@@ -95,20 +104,25 @@ def test_more_queries_than_keys_leaves_the_first_with_nothing(qkv):
     torch.testing.assert_close(output[..., 3, :], value[..., 0, :])
 
 
-def test_dropout(qkv):
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_dropout(qkv, backend):
     query, key, value = (t[:1, :1].detach() for t in qkv)
-    expected = attention(query, key, value, SoftMax())
-    assert torch.equal(attention(query, key, value, SoftMax(), dropout=0.0), expected)
-    samples = attention(query.expand(20_000, 1, -1, -1), key, value, SoftMax(), dropout=0.4)
+    expected = attention(query, key, value, SoftMax(), backend=backend)
+    without = attention(query, key, value, SoftMax(), dropout=0.0, backend=backend)
+    assert torch.equal(without, expected)
+    many = query.expand(20_000, 1, -1, -1)
+    samples = attention(many, key, value, SoftMax(), dropout=0.4, backend=backend)
     assert not torch.equal(samples[0], samples[1])
     error = samples.std(0) / math.sqrt(20_000)
     assert ((samples.mean(0) - expected[0]).abs() < 5 * error).all()
 
 
-def test_dropout_drops_probabilities_after_they_are_normalized():
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_dropout_drops_probabilities_after_they_are_normalized(backend):
     """With a single key, a row of the output is value / (1 - dropout) or 0, not a mixture."""
     value = torch.tensor([[3.0, 6.0]])
-    output = attention(torch.ones(500, 1), torch.ones(1, 1), value, SoftMax(), dropout=0.25)
+    query, key = torch.ones(500, 1), torch.ones(1, 1)
+    output = attention(query, key, value, SoftMax(), dropout=0.25, backend=backend)
     assert output.unique(dim=0).tolist() == [[0.0, 0.0], [4.0, 8.0]]
 
 

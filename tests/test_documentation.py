@@ -119,6 +119,7 @@ def test_module_can_be_run(document, module):
 def test_training_command_composes(document, arguments):
     settings = [word for word in shlex.split(arguments) if "=" in word and "(" not in word]
     first = [word if "[" in word else word.split(",")[0] for word in settings]  # of a sweep
+    assert first
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         compose("config", overrides=first)
 

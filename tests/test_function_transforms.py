@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from multimax import EntMax, EntMax15, MultiMax, SoftMax, SparseMax, build_normalizer
+from multimax import EntMax, EntMax15, MultiMax, SoftMax, SparseMax, build_normalizer, entmax
 from multimax.kernels.backend import use_backend
 from multimax.losses import fenchel_young_loss, linear_output_loss, output_loss
 
@@ -81,6 +81,13 @@ def test_gradients_of_a_learned_alpha_for_each_sample(start):
     logits = logit + torch.arange(4.0).double()[:, None] / 10
     batched = vmap(value)(logits, scores, weights)
     equal(batched, torch.stack([value(*row) for row in zip(logits, scores, weights, strict=True)]))
+
+
+def test_vmap_over_alpha_alone():
+    scores, alphas = draw(3, 6), torch.tensor([1.01, 1.3, 1.5, 2.5], dtype=torch.float64)
+    for dim in (-1, 0):
+        expected = torch.stack([entmax(scores, alpha, dim) for alpha in alphas])
+        equal(vmap(lambda alpha, dim=dim: entmax(scores, alpha, dim))(alphas), expected)
 
 
 def losses(normalizer, soft, linear):

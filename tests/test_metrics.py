@@ -299,3 +299,34 @@ def test_recorder_leaves_the_model_as_it_was(scores, mask, error):
     model(scores, mask)
     assert not any(m._forward_hooks for m in model.modules())
     assert str(recorded.summary()) == str(before)
+
+
+def test_only_entries_that_count_are_the_largest():
+    mask = torch.tensor([False, True, True, True])
+    assert multi_modality(P, X, 0.5, mask=mask).item() == pytest.approx(1 - 0.15)
+
+
+def test_numbers_have_the_digits_of_the_probabilities():
+    assert sparsity(P, X, 0.5, 0.1).item() == pytest.approx(math.exp(-0.5), rel=1e-14)
+    assert sparsity(P[:2] * 0, X[:2], 9.0, 0.0) == 1
+
+
+def test_a_flat_modulator_does_not_decrease():
+    module = MultiMax(order=1, init="identity", affine=True)
+    torch.nn.init.zeros_(module.ranges)
+    torch.nn.init.constant_(module.ts[1:].detach(), -1.0)  # t_d = 0
+    health = modulator_health(module, torch.tensor([1.0, 2.0, -1.0]))
+    assert health["decreasing_share"] == 0
+    assert all(type(value) is float for value in health.values())
+
+
+@pytest.mark.parametrize("measure", [multi_modality, sparsity])
+def test_measures_are_of_the_last_dimension(scores, measure):
+    options = (0.0, 0.1) if measure is sparsity else (0.0,)
+    p = softmax(scores)
+    torch.testing.assert_close(
+        measure(p, scores, *options), measure(p, scores, *options, dim=-1), equal_nan=True
+    )
+    for function in (row_mean, softmax_reference, entropy, support_size):
+        assert torch.equal(function(scores), function(scores, -1))
+    assert torch.equal(top_k_mass(p, 2), top_k_mass(p, 2, -1))

@@ -144,6 +144,35 @@ def test_every_experiment(tmp_path, little_text, experiment):
     assert [loss for loss in losses if loss is not None and math.isfinite(loss)] == losses[:2]
 
 
+DROPOUT = {
+    "deit_multimax": ("dropout", "attention_dropout", "drop_path"),
+    "lm_multimax": ("dropout", "attention_dropout", "activation_dropout"),
+    "mt_multimax": ("dropout", "attention_dropout", "activation_dropout"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", DROPOUT)
+def test_no_dropout_in_an_evaluation(tmp_path, little_text, experiment):
+    task_name = composed(f"experiment={experiment}").task.name
+    small = [f"experiment={experiment}", *TINY_TASK[task_name], *little_text[task_name]]
+    accelerator, found = Accelerator(cpu=True), []
+    for rate in (0.0, 0.5):
+        rates = [f"model.{name}={rate}" for name in DROPOUT[experiment]]
+        config = read_config(composed(*small, *rates))
+        torch.manual_seed(0)
+        trainer = Trainer(
+            build_task(config, 0, 1, accelerator.device), config, tmp_path, accelerator, [], None
+        )
+        batch = next(iter(trainer.task.train_loader.batches(0)))
+        losses = {trainer.task.loss(trainer.model.train(), batch).item() for _ in range(2)}
+        assert len(losses) == (2 if rate else 1)
+        inspected = trainer.inspect()
+        trainer.model.train()
+        found.append((trainer.evaluate("valid"), inspected))
+    assert found[0] == found[1]
+
+
 @pytest.mark.slow
 def test_experiments_differ_in_nothing_but_the_normalizers():
     by_task = {}

@@ -1,10 +1,13 @@
 """Processes that load data: what they do when the main process is asked to stop, or has gone."""
 
+import atexit
 import ctypes
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
+import weakref
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -15,6 +18,9 @@ STOP_SIGNALS = tuple(
     if hasattr(signal, name)  # Windows lacks some
 )
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+_iterators: weakref.WeakSet[Any] = weakref.WeakSet()  # with workers
 
 
 class DataError(ValueError):
@@ -44,9 +50,11 @@ class WorkerLoader(DataLoader):
             return super().__iter__()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
-            return super().__iter__()
+            iterator = super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _iterators.add(iterator)
+        return iterator
 
 
 def prepare_worker(_worker: int) -> None:
@@ -60,6 +68,16 @@ def prepare_worker(_worker: int) -> None:
         parent = multiprocessing.parent_process()
         if parent is not None and os.getppid() != parent.pid:  # it has gone already
             os._exit(1)
+
+
+@atexit.register  # before that of multiprocessing, which would send SIGTERM and wait for ever
+def end_workers() -> None:
+    """End the workers of iterators that the traceback of an error holds; they ignore SIGTERM."""
+    for iterator in list(_iterators):
+        iterator.__del__()
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def signal_at_death_of_parent(number: int) -> None:

@@ -114,8 +114,9 @@ class _ModulatedSoftMax(torch.autograd.Function):
     def backward(ctx, grad) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, coefficients, p, mask = ctx.saved_tensors
         if torch.is_grad_enabled() and not ctx.keeps_scores:
-            grad = coefficients[0] * p * (grad - (p * grad).sum(-1, keepdim=True))
-            return grad, None, None
+            mean = (p * grad).sum(-1, keepdim=True)
+            grad = coefficients[0] * p * (grad - mean)
+            return grad.masked_fill(mean.isnan() & (p == 0), 0.0), None, None
         if torch.is_grad_enabled():
             definition = functional.modulated_softmax(x, coefficients, -1, mask)
             return *differentiable_gradients(definition, [x, coefficients], grad), None
@@ -141,11 +142,12 @@ class _Threshold(torch.autograd.Function):
             return None, None, None
         (p,) = ctx.saved_tensors
         if torch.is_grad_enabled():  # the same in operations that can be differentiated again
-            support = (p > 0).to(p.dtype)
+            support = p.detach().where(~(p > 0), 1.0)  # 1, 0 or NaN
             weight = p.where(p > 0, 1.0).sqrt() * support if ctx.squared else support
             total = weight.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
             mean = (weight * grad).sum(-1, keepdim=True) / total
-            return weight * (grad - mean), None, None
+            grad = weight * (grad - mean)
+            return grad.masked_fill(mean.isnan() & (p == 0), 0.0), None, None
         grad_scores = torch.ops.multimax.threshold_backward(p, ctx.squared, grad.contiguous())
         return grad_scores, None, None
 

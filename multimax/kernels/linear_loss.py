@@ -4,6 +4,7 @@ A chunk of rows goes through the linear layer, its loss and its gradient before 
 so that the scores of a large vocabulary take the memory of one chunk.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,25 +29,23 @@ class HiddenClasses:
     Args:
         class_mask: bool, broadcastable to `shape`, True where a class is allowed.
         shape: of the scores, (..., classes).
-        ignored: (rows,) bool, rows that count for nothing, so that all may be forbidden in them.
     """
 
-    def __init__(self, class_mask: Tensor, shape: Sequence[int], ignored: Tensor | None) -> None:
-        self._hidden = (~class_mask).expand(shape)  # a copy, before it is broadcast
-        self._rows = self._hidden.numel() // max(shape[-1], 1)
-        self._counts = None if ignored is None or class_mask.dim() < 2 else ~ignored.unsqueeze(-1)
+    def __init__(self, class_mask: Tensor, shape: Sequence[int]) -> None:
+        self._allowed = class_mask.expand(shape)
+        self._rows = math.prod(shape[:-1])
 
     def of_rows(self, part: slice = slice(None)) -> Tensor:
         """(rows of the part, classes) bool, without a copy of other rows."""
-        leading = self._hidden.shape[:-1]
+        *leading, classes = self._allowed.shape
+        if self._rows == 0:
+            return self._allowed.new_empty(0, classes)
+        if not any(self._allowed.stride()[:-1]):  # the same for all
+            return (~self._allowed[(0,) * len(leading)]).expand(self._rows, -1)[part]
         if len(leading) == 1:
-            hidden = self._hidden[part]
-        elif not any(self._hidden.stride()[:-1]):  # the same for all
-            hidden = self._hidden[(0,) * len(leading)].expand(self._rows, -1)[part]
-        else:
-            rows = torch.arange(self._rows, device=self._hidden.device)[part]
-            hidden = self._hidden[torch.unravel_index(rows, leading)]
-        return hidden if self._counts is None else hidden & self._counts[part]
+            return ~self._allowed[part]
+        rows = torch.arange(self._rows, device=self._allowed.device)[part]
+        return ~self._allowed[torch.unravel_index(rows, leading)]
 
 
 def linear_loss(

@@ -196,7 +196,7 @@ def attention_backward_query(
     if coefficient_gradient is not None:
         share = tl.program_id(0).to(tl.int64) * (2 + 4 * order)
         sums = centred(sums, means, residual, order)
-        store_coefficient_gradient(coefficient_gradient + share, sums, c, order)
+        store_coefficient_gradient(coefficient_gradient + share, sums, 0.0, c, order)
 
 
 @triton.jit(do_not_specialize=["seed"])

@@ -154,14 +154,15 @@ def centred(sums, means, residual, order: tl.constexpr):
 
 
 @triton.jit
-def store_coefficient_gradient(pointer, sums, c, order: tl.constexpr):
+def store_coefficient_gradient(pointer, sums, residual, c, order: tl.constexpr):
     """Write the 2 + 4 N entries of this program.
 
-    SoftMax is the same when all its logits grow by the same number. To shift x is therefore to
-    shift all ranges the other way, and the gradient of the shift is minus the sum of theirs.
+    To shift x is to shift all ranges the other way, and all logits by the same number. The gradient
+    of the shift is therefore minus the sum of theirs, and `residual`, to which the gradients of the
+    logits add up: 0, as SoftMax is the same when all its logits grow alike.
     """
     tl.store(pointer, tl.sum(sums[0]))
-    shift = 0.0
+    shift = residual
     for n in tl.static_range(1, order + 1):
         low = n * c[2 * n] * tl.sum(sums[4 * n - 1])
         high = -n * c[2 * n + 1] * tl.sum(sums[4 * n])

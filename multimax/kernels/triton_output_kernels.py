@@ -81,6 +81,7 @@ def cross_entropy_row(
     total = tl.zeros((), dtype)
     mass = tl.zeros((block,), dtype)
     observed = tl.zeros((block,), dtype)
+    forbidden = tl.zeros((block,), dtype)
     for start in range(0, end, block):
         inside = start + tl.arange(0, block) < end
         x = tl.load(_places(scores, row, start, block), mask=inside, other=0.0).to(dtype)
@@ -94,6 +95,7 @@ def cross_entropy_row(
         y = _smoothed_target(target, row, label, start, classes, smoothing, block, dtype)
         mass += y
         observed += tl.where(y == 0.0, 0.0, y * z)
+        forbidden += tl.where(z == float("-inf"), y, 0.0)
 
     mass = tl.sum(mass, 0)
     if not soft:
@@ -123,4 +125,6 @@ def cross_entropy_row(
             result = (c[0] * gradient * slope).to(scores[0].dtype.element_ty)
             tl.store(places, result, mask=start + tl.arange(0, block) < classes)
         share = row * (2 + 4 * order)
-        store_coefficient_gradient(coefficient_gradient + share, sums, c, order)
+        # Without that of hidden classes, the gradient of a row does not add up to 0.
+        residual = factor * tl.sum(forbidden, 0)
+        store_coefficient_gradient(coefficient_gradient + share, sums, residual, c, order)

@@ -5,7 +5,12 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from multimax.functional import check_mask, masked_log_softmax, to_compute_precision
+from multimax.functional import (
+    check_mask,
+    check_not_nested,
+    masked_log_softmax,
+    to_compute_precision,
+)
 
 
 class Normalizer(nn.Module, ABC):
@@ -95,5 +100,6 @@ class LogitNormalizer(Normalizer):
     def log_probabilities(
         self, scores: Tensor, dim: int = -1, mask: Tensor | None = None
     ) -> Tensor:
+        check_not_nested(scores)
         check_mask(mask, scores.shape)
         return masked_log_softmax(self.logits(scores, dim, mask), dim, mask)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from multimax.functional import (
     check_mask,
+    check_not_nested,
     function_transforms_active,
     masked_log_softmax,
     masked_softmax,
@@ -52,9 +53,10 @@ def entmax(
     if not isinstance(alpha, Tensor):
         check_alpha(alpha)
         return entmax_of_excess(scores, alpha - 1, dim, mask)
+    check_not_nested(scores)
     _check_alpha_shape(alpha, scores, dim)
     check_least_alpha(alpha)
-    excess = excess_of(alpha, alpha - 1, to_compute_precision(scores).dtype)
+    excess = excess_of(alpha, alpha - 1, to_compute_precision(scores.new_empty(())).dtype)
     return entmax_of_excess(scores, excess, dim, mask)
 
 
@@ -76,7 +78,7 @@ def entmax_of_excess(
     if mask is not None:
         x = x.masked_fill(~mask, -math.inf)
     function = _EntMaxForward if function_transforms_active() else _EntMax
-    return function.apply(x, excess, dim).to(scores.dtype)
+    return function.apply(x, excess, dim).contiguous().to(scores.dtype)
 
 
 def excess_of(alpha: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -115,8 +117,7 @@ class _EntMax(torch.autograd.Function):
         largest = scores.amax(dim, keepdim=True)
         spoilt = ~(largest < torch.inf)  # rows with inf or NaN, which become NaN
         p = solve(scores - largest.clamp_min(torch.finfo(scores.dtype).min), excess, dim)
-        looked_at = not torch.compiler.is_compiling() and not function_transforms_active()
-        if looked_at and not spoilt.any():
+        if values_known(spoilt) and not spoilt.any():
             return p
         row = torch.full_like(scores, torch.nan).masked_fill(scores == -torch.inf, 0.0)
         return row.where(spoilt, p)
@@ -136,7 +137,7 @@ class _EntMax(torch.autograd.Function):
             return None, None, None
         # Differentiable operations of the saved output, so that second derivatives exist too.
         p, excess, slope, share = _jacobian(ctx)
-        grad_scores = slope * grad - share * (slope * grad).sum(ctx.dim, keepdim=True)
+        grad_scores = _product(slope, share, grad, ctx.dim)
         grad_excess = None
         if ctx.needs_input_grad[1]:
             by_excess = _derivative_by_excess(p, share, excess, ctx.dim)
@@ -152,7 +153,7 @@ class _EntMaxForward(_EntMax):
         p, excess, slope, share = _jacobian(ctx)
         result = torch.zeros_like(p)
         if tangent is not None:
-            result = slope * tangent - share * (slope * tangent).sum(ctx.dim, keepdim=True)
+            result = _product(slope, share, tangent, ctx.dim)
         if excess_tangent is not None:
             by_excess = _derivative_by_excess(p, share, excess, ctx.dim)
             result = result + by_excess * excess_tangent
@@ -166,6 +167,16 @@ def _jacobian(ctx) -> tuple[Tensor, Any, Tensor, Tensor]:
     slope = _support_power(p, 2 - (1 + excess))
     total = slope.sum(ctx.dim, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
     return p, excess, slope, slope / total
+
+
+def _product(slope: Tensor, share: Tensor, vector: Tensor, dim: int) -> Tensor:
+    """Of the Jacobian, which is symmetric, and a vector; exactly 0 off the support, also of NaN."""
+    total = (slope * vector).sum(dim, keepdim=True)
+    product = slope * vector - share * total
+    spoilt = total.isnan()
+    if values_known(spoilt) and not spoilt.any():
+        return product
+    return product.masked_fill(spoilt & (slope == 0), 0.0)
 
 
 def _derivative_by_excess(p: Tensor, share: Tensor, excess: Tensor, dim: int) -> Tensor:
@@ -186,7 +197,7 @@ def _derivative_by_excess(p: Tensor, share: Tensor, excess: Tensor, dim: int) ->
 def _support_power(p: Tensor, exponent: float | Tensor) -> Tensor:
     """`p ** exponent` on the support and 0 off it, with finite derivatives at p = 0."""
     if isinstance(exponent, float | int) and exponent == 0:
-        return p.sign()  # NaN of NaN
+        return p.detach().where(~(p > 0), 1.0)  # NaN of NaN
     support = ~(p <= 0)
     if isinstance(exponent, float | int) and exponent == 0.5:
         return p.where(support, 1.0).sqrt() * support
@@ -250,8 +261,9 @@ class EntMax(Normalizer):
     ) -> Tensor:
         if self.sparse:
             return super().log_probabilities(scores, dim, mask)
-        check_mask(mask, scores.shape)
-        return masked_log_softmax(to_compute_precision(scores), dim, mask)
+        x = to_compute_precision(scores)
+        check_mask(mask, x.shape)
+        return masked_log_softmax(x, dim, mask)
 
     def extra_repr(self) -> str:
         if self.fixed_alpha is not None:

@@ -93,11 +93,7 @@ def log_deformed_exp(u: Tensor, excess: float | Tensor) -> Tensor:
     grown = excess * u
     tiny = grown.abs() < 2**-18
     series = u * (1 - grown / 2 + grown * grown / 3)
-    return series.where(tiny, torch.log1p(grown) / excess if _is_positive(excess) else series)
-
-
-def _is_positive(excess: float | Tensor) -> bool:
-    return isinstance(excess, Tensor) or excess > 0
+    return series.where(tiny, torch.log1p(grown) / excess)
 
 
 def _near_one(shifted: Tensor, excess: float | Tensor, dim: int, steps: int = 0) -> Tensor:
@@ -113,7 +109,6 @@ def _near_one(shifted: Tensor, excess: float | Tensor, dim: int, steps: int = 0)
         u = x - offset
         base = 1 + excess * u
         outside = hidden | (base <= 0)
-        u = u.masked_fill(outside, 0.0)
         p = log_deformed_exp(u, excess).exp().masked_fill(outside, 0.0)
         return p, (p / base.masked_fill(outside, 1.0)).sum(dim, keepdim=True)
 

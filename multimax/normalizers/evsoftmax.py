@@ -39,15 +39,14 @@ def _keep(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
     scores = scores.detach()
     if scores.numel() == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    # Differences to the maximum: their mean keeps its digits when all scores share a large offset.
-    # The maximum itself is always kept, also where rounding puts the mean above it.
+    # Differences to the maximum: their mean keeps its digits when all scores share a large offset,
+    # and is at most 0, so that rounding cannot put it above the maximum.
     hidden = hidden_entries(scores, mask)
     largest = scores.masked_fill(hidden, -torch.inf).amax(dim, keepdim=True)
     shifted = (scores - largest).masked_fill(hidden, 0.0)
     count = (~hidden).sum(dim, keepdim=True)
     mean = shifted.sum(dim, keepdim=True) / count.clamp_min(1)
-    # A NaN is kept, so that the row becomes NaN.
-    return (shifted >= mean) | (shifted == 0) | mean.isnan()
+    return ~(shifted < mean)  # a NaN is kept, so that the row becomes NaN
 
 
 class EvSoftMax(TruncatedSoftMax):

@@ -40,6 +40,8 @@ class ModulatedSoftMax(LogitNormalizer):
         check_mask(mask, x.shape)
         lacks = None if self.fusible else c_rows.NO_MODULATOR
         if not c_rows.usable(x, self, lacks):
+            if mask is not None and self._parameters:  # whose gradient would be 0 times inf
+                x = x.masked_fill(~mask, 0.0)
             return masked_softmax(self.modulate(x), dim, mask).to(scores.dtype)
         coefficients = self.coefficients(x.dtype, x.device)
         return c_rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)

@@ -46,6 +46,8 @@ def multimax(
     if c_rows.usable(x, "multimax", None if fits else c_rows.NO_MODULATOR):
         coefficients = torch.cat([_identity(ts), ts, ranges]).to(x.dtype)
         return c_rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)
+    if mask is not None:  # the gradients of the scalars would be 0 times inf
+        x = x.masked_fill(~mask, 0.0)
     return masked_softmax(modulate(x, ts, ranges), dim, mask).to(scores.dtype)
 
 
@@ -126,7 +128,9 @@ class MultiMax(ModulatedSoftMax):
             return scores
         x = to_compute_precision(scores)
         hidden = hidden_entries(x, None)
-        z = affine(x, self.scale.to(x.dtype), self.shift.to(x.dtype), hidden)
+        # Of no dimension, as the scores may be.
+        scale, shift = self.scale.squeeze(0).to(x.dtype), self.shift.squeeze(0).to(x.dtype)
+        z = affine(x, scale, shift, hidden)
         return z.masked_fill(hidden, -torch.inf)
 
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:

@@ -14,7 +14,8 @@ from multimax.functional import (
 from multimax.kernels import c_rows
 from multimax.normalizers.modulated import ModulatedSoftMax
 
-LEAST_TEMPERATURE = 1e-30  # scores up to 3e8 stay in fp32 when they are divided by it
+# Scores up to 3e8 stay in fp32 when they are divided by the least one.
+LEAST_TEMPERATURE, LARGEST_TEMPERATURE = 1e-30, 1e30
 
 
 def softmax(
@@ -49,6 +50,7 @@ def _scale(scores: Tensor, temperature: float | Tensor) -> Tensor:
         temperature = temperature.to(scores_compute.dtype)
         # 0 in the place of -inf, whose product with a gradient of 0 is NaN.
         scaled = scores_compute.masked_fill(hidden, 0.0) / temperature
+        # The score itself has a gradient where -inf is the target, as with a fixed temperature.
         return torch.where(hidden, scores_compute / temperature.detach(), scaled)
     _check_temperature(temperature)
     return scores_compute if temperature == 1 else scores_compute / temperature
@@ -69,10 +71,9 @@ class SoftMax(ModulatedSoftMax):
 
     def __init__(self, temperature: float = 1.0, learned: bool = False) -> None:
         super().__init__()
-        _check_temperature(temperature)
-        if not LEAST_TEMPERATURE <= temperature <= 1 / LEAST_TEMPERATURE:
+        if not LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
             raise ValueError(
-                f"temperature must be in [{LEAST_TEMPERATURE:g}, {1 / LEAST_TEMPERATURE:g}], got "
+                f"temperature must be in [{LEAST_TEMPERATURE:g}, {LARGEST_TEMPERATURE:g}], got "
                 f"{temperature}: scores divided by it leave fp32"
             )
         self.fixed_temperature: float | None = None if learned else float(temperature)
@@ -99,7 +100,10 @@ class SoftMax(ModulatedSoftMax):
         return coefficients
 
     def modulate(self, scores: Tensor) -> Tensor:
-        return _scale(scores, self.temperature)
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.squeeze(0)  # of no dimension, as the scores may be
+        return _scale(scores, temperature)
 
     def extra_repr(self) -> str:
         fixed = self.fixed_temperature

@@ -28,7 +28,7 @@ def truncated_softmax(
     else:
         mask = keep if mask is None else keep & mask
     if c_rows.usable(scores, "SoftMax over a part of the row"):
-        identity = torch.tensor([1.0, 0.0], dtype=scores.dtype)
+        identity = torch.tensor([1.0, 0.0], dtype=scores.dtype, device=scores.device)
         return c_rows.modulated_softmax(scores, identity, dim, mask)
     return masked_softmax(scores, dim, mask)
 

@@ -111,7 +111,7 @@ class ImageClassification(Task):
     ) -> dict[str, float]:
         totals = torch.zeros(4, dtype=torch.float64)
         for images, targets in self.evaluation_batches(split):
-            scores = model(images).float()
+            scores = model(images)
             output = cast(Normalizer, model.output)
             loss = output_loss(output, scores, targets, reduction="sum")
             # In the order of the probabilities, which that of the scores need not be.

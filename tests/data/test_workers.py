@@ -30,6 +30,8 @@ print(*(next(batches).item() for _ in range(2)), flush=True)
 next(batches)
 """
 
+FAILING = PARENT.replace("next(batches)\n", "") + "raise SystemExit('error: as it happens')"
+
 
 class Signalled(Dataset):
     """Each process sends itself every wish to stop before it gives an example."""
@@ -80,6 +82,15 @@ def test_workers_end_with_their_parent():
     while any(map(alive, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_an_error_ends_the_workers_too():
+    """A loader that a traceback holds is not closed, and its workers do not heed SIGTERM."""
+    command = [sys.executable, "-c", FAILING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "error: as it happens\n")
+    assert not any(map(alive, map(int, done.stdout.split())))
 
 
 def alive(pid):

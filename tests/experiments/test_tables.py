@@ -221,6 +221,11 @@ def test_pairs_are_made_by_seed():
     assert paired_difference({0: 1.0, 1: 2.0}, {1: 1.0}) is None
     found = paired_difference({2: 5.0, 0: 1.0, 1: 2.0}, {0: 0.5, 1: 1.5, 7: 100.0})
     assert (found.mean, found.half_width, found.p_value, found.pairs) == (0.5, 0.0, 0.0, 2)
+    # Neither in the order of the seeds, nor in that of the values, nor as if they were no pairs.
+    found = paired_difference({1: 4.0, 0: 1.0, 2: 2.0}, {2: 0.0, 0: 3.0, 1: 1.0, 5: 9.0})
+    assert found.mean == pytest.approx(1.0)
+    spread = math.sqrt(((-2 - 1) ** 2 + (3 - 1) ** 2 + (2 - 1) ** 2) / 2)
+    assert found.half_width == pytest.approx(4.302653 * spread / math.sqrt(3))  # t, 2 degrees
     same = paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
     assert (same.mean, same.p_value) == (0.0, 1.0)
 

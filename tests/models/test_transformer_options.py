@@ -33,6 +33,38 @@ def test_embeddings_are_dropped_out():
     stack = language_model(dropout=0.3).train().decoder
     embeddings = stack.embed(tokens, tokens != PAD)
     assert (embeddings == 0).double().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert_dropped(embeddings, stack.eval().embed(tokens, tokens != PAD))
+
+
+def assert_dropped(found, whole):
+    """Of a rate of 0.3: what is left is as much larger, so that the mean is the same."""
+    kept = found.abs() > 1e-12
+    assert 0.5 < kept.double().mean() < 0.9
+    torch.testing.assert_close(found[kept], whole[kept] / 0.7)
+
+
+@pytest.mark.parametrize("pre_norm", [False, True])
+def test_what_dropout_leaves_of_a_layer_keeps_its_mean(pre_norm):
+    model = language_model(dropout=0.3, activation_dropout=0.3, pre_norm=pre_norm)
+    layer, seen = model.train().decoder.layers[0], {}
+    parts = ("self_attn_layer_norm", "self_attn.out_proj", "fc1", "fc2", "final_layer_norm")
+    for name in parts:
+        layer.get_submodule(name).register_forward_hook(
+            lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+        )
+    layer.register_forward_hook(lambda _, inputs, output: seen.update(layer=(inputs[0], output)))
+    model(draw(20, 40))
+    after_attention = "final_layer_norm" if pre_norm else "self_attn_layer_norm"
+    residual = seen[after_attention][0] - seen["layer"][0]
+    assert_dropped(residual, seen["self_attn.out_proj"][1])
+    hidden = seen["fc1"][1].relu()
+    assert_dropped(seen["fc2"][0][hidden > 0], hidden[hidden > 0])
+    if pre_norm:
+        assert_dropped(seen["layer"][1] - seen["final_layer_norm"][0], seen["fc2"][1])
+    else:
+        assert_dropped(
+            seen["final_layer_norm"][0] - seen["self_attn_layer_norm"][1], seen["fc2"][1]
+        )
 
 
 def test_every_parameter_learns():

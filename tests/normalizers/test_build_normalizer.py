@@ -39,7 +39,8 @@ def test_an_unknown_option_lists_the_options(name, known):
 @pytest.mark.parametrize(
     ("name", "option", "value", "others"),
     [
-        *[("softmax", "temperature", t, {}) for t in (0, -1.0, math.inf, math.nan)],
+        *[("softmax", "temperature", t, {}) for t in (0, -1.0, 9e-31, 1.1e30)],
+        *[("softmax", "temperature", t, {}) for t in (math.inf, math.nan)],
         ("softmax", "temperature", -2.0, {"learned": True}),
         *[("topk", "k", k, {}) for k in (0, -3, 2.5)],
         *[("topk", "floor", floor, {}) for floor in (-0.1, 0.0, 1.0)],
@@ -48,7 +49,7 @@ def test_an_unknown_option_lists_the_options(name, known):
         *[("entmax", "alpha", alpha, {"learned": True}) for alpha in (1.0, 2.0, 2.5)],
         ("entmax", "heads", 4, {}),
         ("entmax", "heads", 0, {"learned": True}),
-        *[("multimax", "order", order, {}) for order in (0, -1, 1.5)],
+        *[("multimax", "order", order, {}) for order in (0, -1, 1.5, 9)],
         ("multimax", "init", "zeros", {}),
     ],
 )
@@ -57,3 +58,11 @@ def test_an_option_out_of_range_names_its_value(name, option, value, others):
         build_normalizer(name, **{option: value}, **others)
     if not (option == "floor" and value == 0):  # that message tells why 0 is too small
         assert str(value) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("softmax", "temperature", 1e-30), ("softmax", "temperature", 1e30), ("multimax", "order", 8)],
+)
+def test_the_ends_of_a_range_are_inside(name, option, value):
+    assert getattr(build_normalizer(name, **{option: value}), option) == value

@@ -82,11 +82,11 @@ def test_masked_entries_get_exactly_zero_and_do_not_matter(normalizer, scores, m
 def test_a_mask_is_the_same_as_leaving_entries_out(normalizer, scores, mask):
     probabilities = normalizer(scores, mask=mask)
     mask = mask.expand_as(scores)
-    for row in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(4)).tolist():
-        kept = mask[tuple(row)]
-        if kept.any():
-            alone = normalizer(scores[tuple(row)][kept])
-            torch.testing.assert_close(probabilities[tuple(row)][kept], alone)
+    rows = mask.any(-1).nonzero().tolist()
+    assert len(rows) > 20
+    for row in map(tuple, rows):
+        alone = normalizer(scores[row][mask[row]])
+        torch.testing.assert_close(probabilities[row][mask[row]], alone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

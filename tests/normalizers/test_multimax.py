@@ -211,3 +211,5 @@ def test_the_second_order_can_flip_the_order():
 def test_wrong_shapes(shapes):
     with pytest.raises(ValueError, match="ts and ranges must be vectors of one even length"):
         modulate(torch.ones(3), torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+    with pytest.raises(ValueError, match="ts and ranges must be vectors of one even length"):
+        multimax(torch.ones(3), torch.zeros(shapes[0]), torch.zeros(shapes[1]))

@@ -101,3 +101,17 @@ def test_logits_have_the_floor(module, scores):
     weights = scores.exp() * torch.where(keep, 1.0, 0.1)
     expected = weights / weights.sum(-1, keepdim=True)
     torch.testing.assert_close(torch.softmax(module.logits(scores), -1), expected)
+
+
+@pytest.mark.parametrize("module", [TopK(k=2), EvSoftMax()], ids=["topk", "evsoftmax"])
+def test_logits_have_the_digits_of_their_dtype(module, scores):
+    scores = scores.double()
+    keep = module.eval()(scores) > 0
+    expected = torch.where(keep, scores, scores + math.log(1e-6))
+    torch.testing.assert_close(module.logits(scores), expected, atol=1e-14, rtol=1e-15)
+
+
+@pytest.mark.parametrize("module", [TopK(k=2), EvSoftMax()], ids=["topk", "evsoftmax"])
+def test_logits_refuse_a_mask_that_would_be_misread(module, scores):
+    with pytest.raises(ValueError, match="mask must be boolean"):
+        module.logits(scores, mask=torch.zeros(7))

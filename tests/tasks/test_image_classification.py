@@ -61,7 +61,9 @@ def test_top1_top5_and_loss(split):
     assert found["top1"] == pytest.approx(100 * (place == 0).mean(), abs=1e-9)
     assert found["top5"] == pytest.approx(100 * (place < 5).mean(), abs=1e-9)
     assert 30 < found["top1"] < found["top5"] - 10 < 89
-    assert found["loss"] == pytest.approx(F.cross_entropy(scores, target).item(), rel=1e-5)
+    batches = zip(scores.split(300), target.split(300), strict=True)
+    loss = sum(F.cross_entropy(*batch, reduction="none").sum().item() for batch in batches)
+    assert found["loss"] == pytest.approx(loss / len(target), rel=1e-12)  # summed in fp64
 
 
 def test_classes_are_ranked_by_probability():
@@ -96,6 +98,14 @@ def test_classes_without_probability_keep_the_order_of_their_scores():
     assert 35 < found["top5"] < 65  # of random scores
 
 
+def test_a_loss_that_is_not_finite_is_no_figure():
+    task = build()
+    scores = torch.randn(len(labels(task, "valid")), 10)
+    scores[3, 5] = torch.nan
+    with pytest.raises(FloatingPointError, match="the valid loss is nan: training has diverged"):
+        evaluate(task, Table(scores, build_normalizer("softmax")))
+
+
 def test_label_smoothing_is_of_training_alone():
     task = build("loss.label_smoothing=0.3")
     images, targets = next(task.train_loader.batches(0))
@@ -124,6 +134,39 @@ def test_mixup_has_smoothed_targets_that_sum_to_one(monkeypatch):
     assert soft.min().item() == pytest.approx(0.2 / 10)
     top = soft.topk(2, dim=1).values.sum(1)
     assert ((top - (1 - 8 * 0.02)).abs() < 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "cut"),
+    [
+        (("loss.mixup=1000", "loss.cutmix=0"), False),
+        (("loss.mixup=0", "loss.cutmix=1000"), True),
+        (("loss.mixup=1000", "loss.cutmix=1000", "loss.mixup_switch_prob=0"), False),
+        (("loss.mixup=1000", "loss.cutmix=1000", "loss.mixup_switch_prob=1"), True),
+    ],
+)
+def test_images_and_targets_are_mixed_alike(monkeypatch, options, cut):
+    """In halves, as Beta(1000, 1000) draws them; a piece that is cut may end at the border."""
+    task, seen = build("loss.label_smoothing=0", *options), {}
+    monkeypatch.setattr(
+        "multimax.tasks.image_classification.output_loss",
+        lambda _, scores, soft: seen.update(images=scores, soft=soft),
+    )
+    np.random.seed(0)
+    images, targets = torch.rand(20, 1, 28, 28), torch.arange(20) % 10
+    task.loss(lambda mixed: mixed, (images, targets))
+    share = seen["soft"][0, 0].item()
+    assert 0.4 < share < (0.9 if cut else 0.6)
+    partners = F.one_hot(targets.flip(0), 10)
+    expected = share * F.one_hot(targets, 10) + (1 - share) * partners
+    torch.testing.assert_close(seen["soft"], expected)
+    if cut:
+        taken = seen["images"] != images
+        assert torch.equal(seen["images"], torch.where(taken, images.flip(0), images))
+        assert taken.double().mean().item() == pytest.approx(1 - share, abs=1e-6)
+    else:
+        blend = share * images + (1 - share) * images.flip(0)
+        torch.testing.assert_close(seen["images"], blend)
 
 
 def test_every_rank_evaluates_its_share():

@@ -123,6 +123,14 @@ def test_figures_per_word_and_byte(composed, split):
     assert set(metrics) == {"loss", "perplexity", "word_perplexity", "bits_per_byte"}
 
 
+def test_label_smoothing_is_of_training_alone(composed):
+    plain, smoothed = (
+        evaluate(composed("lm_softmax", f"loss.label_smoothing={share}"), "valid")[0]
+        for share in (0, 0.3)
+    )
+    assert smoothed == plain
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("output", SPARSE)
 def test_sparse_outputs_have_no_perplexity_but_a_smoothed_one(composed, output):
@@ -183,6 +191,19 @@ def test_training_loss_is_the_mean_over_the_targets_that_count(composed):
         torch.testing.assert_close(task.loss(task.model, batch), expected)
     smooth = build(composed("lm_softmax", "trainer.batch_size=1", "loss.label_smoothing=0.1"))
     assert smooth.loss(smooth.model.eval(), batches[0]) > task.loss(task.model, batches[0])
+
+
+def test_padding_counts_neither_in_the_loss_nor_in_the_weight(composed):
+    task = build(composed("lm_softmax"))
+    model, spans = task.model.eval(), [(0, 0, 16), (32, 32, 37)]
+    both, *alone = (
+        task.data.batch("train", chosen, task.device) for chosen in (spans, spans[:1], spans[1:])
+    )
+    assert [task.weight(batch) for batch in (both, *alone)] == [21, 16, 5]
+    assert both.targets.numel() == 32
+    with torch.no_grad():
+        expected = sum(task.loss(model, batch) * task.weight(batch) for batch in alone) / 21
+        torch.testing.assert_close(task.loss(model, both), expected)
 
 
 def test_training_batches_are_those_of_seed_and_rank(composed):

@@ -112,12 +112,14 @@ def test_bad_value_is_refused_before_data_is_loaded(monkeypatch, field, value):
 
 @pytest.mark.parametrize("experiment", ["deit_multimax", "lm_softmax", "mt_softmax"])
 def test_no_setting_takes_a_value_of_another_kind(experiment):
-    config = composed(f"experiment={experiment}")
+    config, refused = composed(f"experiment={experiment}"), set()
     for field, _, declared in leaves(read_config(config)):
         kinds = [kind for kind in WRONG if kind in describe_field(declared)]
         for value in WRONG[kinds[0]] if len(kinds) == 1 else []:
             with pytest.raises(ValueError, match=rf"(^| ){field}(=| )"):
                 read_config(changed(config, field, value))
+            refused.add(field)
+    assert len(refused) > 20
 
 
 @pytest.mark.parametrize(
@@ -284,6 +286,9 @@ def test_hash_covers_every_setting_that_changes_numbers(experiment, scale):
     place = ["data.root=/a"] if scale == "paper" else []
     config = read_config(composed(f"experiment={experiment}", f"scale={scale}", *place))
     before = config_hash(config)
+    fields = {field for field, *_ in leaves(config)}
+    assert len(fields - SAME_NUMBERS) > 30
+    assert len(fields & SAME_NUMBERS) > 6
     for field, value, _ in leaves(config):
         *sections, name = field.split(".")
         other = "another" if value is None else [value, "another"]

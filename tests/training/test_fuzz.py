@@ -198,6 +198,7 @@ def test_what_is_taken_trains(experiment, little_text, tmp_path):
 def test_every_command_line_composes_or_is_explained():
     generator = random.Random(f"command line{SEED}")
     fields = {experiment: fields_of(composed(experiment)) for experiment in TASKS}
+    explained = 0
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         for _ in range(LINES):
             experiment = generator.choice(list(TASKS))
@@ -211,3 +212,5 @@ def test_every_command_line_composes_or_is_explained():
                 if not parsed.is_sweep_override():
                     compose("config", overrides=[f"experiment={experiment}", override])
             assert problem != "", override
+            explained += problem is not None
+    assert 0 < explained < LINES

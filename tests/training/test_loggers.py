@@ -69,7 +69,6 @@ def test_broken_wandb_costs_no_run_and_is_said_once(tmp_path, monkeypatch, caplo
 
 
 def test_what_wandb_gets(tmp_path, monkeypatch, caplog):
-    monkeypatch.delenv("WANDB_MODE", raising=False)  # a setting of whoever runs the tests
     fake = fake_wandb(monkeypatch, "nothing")
     config = tiny_config(tmp_path, "logger.wandb=auto", "group=table1", "tags=[table1,cell]")
     result = run_quietly(config)

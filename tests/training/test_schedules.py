@@ -66,6 +66,11 @@ def test_inverse_sqrt_without_warmup():
     assert got == pytest.approx([1, 1, 2**-0.5, 3**-0.5, 0.5])
 
 
+def test_cosine_restarts_without_warmup():
+    got, _ = rates(RESTARTS | {"warmup": 0}, (0, 27, 81), 1.0)
+    assert got == [1.0, 0.75, 0.75**2]
+
+
 @pytest.mark.parametrize("growth", [1.0, 2.0, 1.5])
 def test_cosine_restarts_are_fairseqs(growth):
     expected = [fairseq_cosine(u, 1.0, 16, 1e-7, 1e-4, 27, growth, 0.75) for u in range(400)]

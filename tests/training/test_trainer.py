@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import (
     Regression,
     assert_same,
@@ -15,6 +16,8 @@ from tiny import (
 )
 
 from multimax.files import load_checkpoint
+from multimax.tasks import build_task
+from multimax.training.config import read_config
 from multimax.training.trainer import Trainer
 
 EVERYTHING_RANDOM = (
@@ -132,7 +135,7 @@ class Scripted(Regression):
 
 @pytest.mark.parametrize(
     ("higher", "values", "best"),
-    [(True, (3.0, 7.0, 7.0, 5.0), 2), (False, (3.0, 1.0, 2.0, 1.5), 2)],
+    [(True, (3.0, 7.0, 7.0, 5.0), 2), (False, (3.0, 1.0, 1.0, 1.5), 2)],
 )
 def test_best_checkpoint_holds_the_best_weights(tmp_path, higher, values, best):
     task = Scripted(values, higher)
@@ -166,6 +169,24 @@ def test_reported_weights(tmp_path, monkeypatch, report):
     assert result["metrics"]["valid"]["top1"] == (max(valid) if report == "best" else valid[-1])
     assert result["best"]["value"] == max(valid)
     assert result["best"]["update"] == 10 * (1 + valid.index(max(valid)))
+
+
+def test_a_result_has_the_figures_of_each_split(tmp_path):
+    config = read_config(tiny_config(tmp_path, "output=softmax"))
+    result = run_quietly(config)
+    task = build_task(config, 0, 1, torch.device("cpu"))
+    task.model.load_state_dict(load_checkpoint(only(tmp_path, "last.pt"))["model"])
+    data, losses = task.data, set()
+    for split, examples in (("valid", 1000), ("test", 2000)):
+        images, labels = data.splits[split]
+        with torch.no_grad():
+            scores = task.model.eval()((images / 255 - data.mean) / data.std)
+        row = result["metrics"][split]
+        assert row["examples"] == len(labels) == examples
+        assert row["top1"] == pytest.approx(100 * (scores.argmax(1) == labels).double().mean())
+        assert row["loss"] == pytest.approx(F.cross_entropy(scores, labels).item(), rel=1e-4)
+        losses.add(row["loss"])
+    assert len(losses) == 2
 
 
 def nan_in_parameter(task):

@@ -39,7 +39,7 @@ INLINE double expectation(const real *soft, const real *y, int64_t n) {
 }
 
 /* Masked scores as 0, which adds nothing to the sums; with a modulator they get no gradient dy. */
-INLINE void clear_masked(real *x, real *dy, int64_t n, Modulator m, int order) {
+RARE void clear_masked(real *x, real *dy, int64_t n, Modulator m, int order) {
     for (int64_t j = 0; j < n; j++)
         if (hides(x[j], m, order)) {
             x[j] = 0;

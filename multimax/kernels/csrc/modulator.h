@@ -39,18 +39,25 @@ INLINE real modulated(real x, Modulator m, int order) {
     return y;
 }
 
+/* modulate_row for a scale <= 0, which would make something else of the infinities. */
+INLINE real modulate_row_turned(const real *x, real *y, Row row, Modulator m, int order) {
+    real highest = -INFINITY;
+#pragma omp simd reduction(max : highest)
+    for (int64_t j = 0; j < row.limit; j++) {
+        real value = modulated(x[j], m, order);
+        value = x[j] == INFINITY ? (real)NAN : value;
+        value = x[j] == -INFINITY || (row.mask && !row.mask[j]) ? -(real)INFINITY : value;
+        highest = value > highest ? value : highest;
+        y[j] = value;
+    }
+    return highest;
+}
+
 /* y of a row, -inf where masked, also by its score; returns the largest. */
 INLINE real modulate_row(const real *x, real *y, Row row, Modulator m, int order) {
+    if (order >= 1 && m.scale <= 0) return modulate_row_turned(x, y, row, m, order);
     real highest = -INFINITY;
-    if (order >= 1 && m.scale <= 0) { /* which would make something else of the infinities */
-        for (int64_t j = 0; j < row.limit; j++) {
-            real value = modulated(x[j], m, order);
-            if (x[j] == INFINITY) value = NAN;
-            if (x[j] == -INFINITY || (row.mask && !row.mask[j])) value = -INFINITY;
-            highest = value > highest ? value : highest;
-            y[j] = value;
-        }
-    } else if (row.mask) {
+    if (row.mask) {
 #pragma omp simd reduction(max : highest)
         for (int64_t j = 0; j < row.limit; j++) {
             real value = row.mask[j] ? modulated(x[j], m, order) : -(real)INFINITY;

@@ -34,9 +34,9 @@ INLINE void subtract_row(Row row, const real *p, const real *g, real *dx) {
         mask_row(row, dx, dx);
     } else {
         subtract_mean_row(row, p, g, mean, dx);
-        if (isnan(mean) && row_is_nan(p, row.limit))
-            for (int64_t j = 0; j < row.limit; j++) dx[j] = p[j] == 0 ? 0 : dx[j];
     }
+    if (isnan(mean) && row_is_nan(p, row.limit))
+        for (int64_t j = 0; j < row.limit; j++) dx[j] = p[j] == 0 ? 0 : dx[j];
 }
 
 /* From p and g = dL/dp to dL/dx, in steps of some rows that stay in the L1 cache. */

@@ -2,6 +2,13 @@
 #pragma once
 #include "modulator.h"
 
+/* Exactly 0 where masked, also next to NaN; p may have taken the place of the scores x. */
+RARE void clear_row(Row row, Modulator m, int order, const real *x, real *p) {
+    if (x != p)
+        for (int64_t j = 0; j < row.limit; j++) p[j] = hides(x[j], m, order) ? 0 : p[j];
+    if (row.mask) mask_row(row, p, p);
+}
+
 /* Probabilities of a row; its statistics are the highest y and 1 / sum, or zeros if all is masked.
  */
 INLINE void forward_row(Row row, Modulator m, int order, const real *x, real *p, real *statistics) {
@@ -10,11 +17,7 @@ INLINE void forward_row(Row row, Modulator m, int order, const real *x, real *p,
     double sum = exponentiate_row(p, row.limit, highest);
     real inverse = sum == 0 ? 0 : (real)(1 / sum);
     scale_row(p, row.limit, inverse);
-    if (isnan(inverse)) { /* exactly 0 where masked, also next to NaN */
-        if (x != p)
-            for (int64_t j = 0; j < row.limit; j++) p[j] = hides(x[j], m, order) ? 0 : p[j];
-        if (row.mask) mask_row(row, p, p);
-    }
+    if (isnan(inverse)) clear_row(row, m, order, x, p);
     if (statistics) statistics[0] = highest, statistics[1] = inverse;
 }
 

@@ -67,10 +67,6 @@ INLINE void threshold_row(const real *x, real *p, Row row, int squared) {
     }
 }
 
-INLINE real weight_of(real p, int squared) { /* NaN of NaN */
-    return squared ? SQUARE_ROOT(p) : p > 0 ? 1 : p;
-}
-
 /* dx = w (g - (sum of w g) / (sum of w)), w = 1 on the support (sparsemax) or sqrt(p) (entmax). */
 INLINE void threshold_backward_row(const real *p, const real *g, real *dx, int64_t n, int squared) {
     double total = 0, weights = 0;
@@ -79,7 +75,7 @@ INLINE void threshold_backward_row(const real *p, const real *g, real *dx, int64
         real sum = 0, weight = 0;
 #pragma omp simd reduction(+ : sum, weight)
         for (int64_t j = start; j < end; j++) {
-            real w = weight_of(p[j], squared);
+            real w = squared ? SQUARE_ROOT(p[j]) : (real)(p[j] > 0 ? 1 : 0);
             sum += w * g[j];
             weight += w;
         }
@@ -92,8 +88,8 @@ INLINE void threshold_backward_row(const real *p, const real *g, real *dx, int64
         real w = squared ? SQUARE_ROOT(p[j]) : (real)(p[j] > 0 ? 1 : 0);
         dx[j] = w * (g[j] - mean);
     }
-    if (isnan(weights)) /* a row of NaN, but for what is masked in it */
-        for (int64_t j = 0; j < n; j++) dx[j] = p[j] == 0 ? 0 : (real)NAN;
+    if (!(weights > 0)) /* all is masked, or NaN but for what is masked */
+        for (int64_t j = 0; j < n; j++) dx[j] = isnan(p[j]) ? p[j] : dx[j];
 }
 
 int threshold_forward(const Rows *rows, int squared, const real *x, real *p) {

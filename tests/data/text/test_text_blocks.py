@@ -27,14 +27,16 @@ def rows(batch):
 
 
 def test_a_target_follows_its_input():
-    data = text_data()
-    for batch in itertools.chain(data.train_loader(2, 0, 1, "cpu", 0).batches(0),
+    data, counted = text_data(), 0
+    for batch in itertools.chain(data.train_loader(1, 0, 1, "cpu", 0).batches(0),
                                  data.eval_loader("test", 3, 0, 1, "cpu")):  # fmt: skip
         assert batch.inputs.dtype == batch.targets.dtype == torch.int64
         assert batch.tokens == (batch.targets != PADDING).sum()
+        counted += batch.tokens
         for x, y in zip(batch.inputs.flatten(), batch.targets.flatten(), strict=True):
             if y != PADDING:
                 assert x == (EOS if y == 4 else y - 1)
+    assert counted == 103 + 47
 
 
 @pytest.mark.parametrize("train", [100, 103, 109])
@@ -58,6 +60,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     torch.manual_seed(1)
     state = torch.get_rng_state()
     reference = order(0, 3)
+    assert len(reference) == 10
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     assert order(0, 3) == reference
@@ -73,7 +76,7 @@ def test_ranks_share_an_epoch_of_training(world_size):
     together = [rows(b) for b in data.train_loader(2 * world_size, 0, 1, "cpu", 0).batches(1)]
     shares = zip(*(loader.batches(1) for loader in loaders), strict=True)
     assert [[row for batch in share for row in rows(batch)] for share in shares] == together
-    assert {len(loader) for loader in loaders} == {41 // (2 * world_size)}
+    assert {len(loader) for loader in loaders} == {41 // (2 * world_size)} == {len(together)}
 
 
 @pytest.mark.parametrize("context_window", [0, 1, 4, 9])

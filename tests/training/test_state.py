@@ -1,0 +1,157 @@
+"""The state of a run in memory and on disk, on a task of a few numbers."""
+
+import copy
+
+import pytest
+import torch
+from tiny import Regression, assert_same, build_trainer
+from torch import nn
+
+from multimax.files import load_checkpoint
+from multimax.training.optimization import LearningRate
+
+SIZES = (4, 4, 4)
+
+
+def trained(folder, updates, *overrides):
+    folder.mkdir(exist_ok=True)
+    trainer = build_trainer(folder, Regression(SIZES), *overrides)
+    trainer.fit(stop_after=updates)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("options", "total"),
+    [
+        (("trainer.updates=5",), 5),
+        (("trainer.updates=null", "trainer.epochs=4"), 12),
+        (("trainer.updates=null", "trainer.epochs=4", "trainer.accumulation=3"), 4),
+    ],
+)
+def test_length_of_training(tmp_path, options, total):
+    trainer = build_trainer(tmp_path, Regression(SIZES), *options)
+    assert trainer.total_updates == total
+    trainer.fit()
+    assert trainer.position.update == total
+
+
+def test_too_few_batches(tmp_path):
+    with pytest.raises(ValueError, match=r"accumulation=4 needs as many batches, .* are 3"):
+        build_trainer(tmp_path, Regression(SIZES), "trainer.accumulation=4")
+
+
+def test_the_best_needs_a_split_to_be_found_on(tmp_path):
+    for split, report in (("valid", "best"), ("valid", "last"), ("test", "last")):
+        task = Regression(SIZES)
+        task.splits = {split: 12}
+        build_trainer(tmp_path, task, f"trainer.report={report}")
+    task.splits = {"test": 12}
+    with pytest.raises(ValueError, match=r"report=best needs a split 'valid'"):
+        build_trainer(tmp_path, task, "trainer.report=best")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_resumed_run_has_everything_of_the_first(tmp_path, own):
+    first = trained(tmp_path / "first", 2, "trainer.ema_decay=0.9")
+    folder = tmp_path / ("first" if own else "second")
+    folder.mkdir(exist_ok=True)
+    second = build_trainer(folder, Regression(SIZES), "trainer.ema_decay=0.9")
+    assert second.resume(first.last_checkpoint) == own
+    assert_same(second.task.model.state_dict(), first.task.model.state_dict())
+    assert_same(second.ema.module.state_dict(), first.ema.module.state_dict())
+    assert_same(second.optimizer.state_dict()["state"], first.optimizer.state_dict()["state"])
+    position = copy.deepcopy(first.position)
+    if not own:
+        position.origin = f"resumed from {first.last_checkpoint} at update 2"
+        position.best, position.best_update = None, 0
+    assert second.position == position
+    assert second.saved_random_state is not None  # in the middle of an epoch
+    first.fit()
+    second.fit()
+    assert_same(second.task.model.state_dict(), first.task.model.state_dict())
+
+
+def test_random_numbers_of_an_epoch_begin_anew(tmp_path):
+    first = trained(tmp_path, 3)
+    second = build_trainer(tmp_path, Regression(SIZES))
+    assert second.resume(first.last_checkpoint)
+    assert (second.position.epoch, second.position.epoch_update) == (1, 0)
+    assert second.saved_random_state is None
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_the_best(tmp_path):
+    first = trained(tmp_path, 2)
+    assert first.position.best_update == 2
+    first.best_checkpoint.unlink()
+    second = build_trainer(tmp_path, Regression(SIZES))
+    assert second.resume(first.last_checkpoint)
+    assert (second.position.best, second.position.best_update) == (None, 0)
+    assert not second.position.due
+
+
+def test_the_end_of_another_run_is_still_to_be_evaluated(tmp_path):
+    first = trained(tmp_path / "first", 4)
+    (tmp_path / "second").mkdir()
+    second = build_trainer(tmp_path / "second", Regression(SIZES))
+    assert not second.resume(first.last_checkpoint)
+    assert second.position.due
+    second.fit()
+    assert second.position.best_update == 4
+    assert second.best_checkpoint.exists()
+
+
+class Scaler:
+    """What is saved of the scaler of fp16."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def state_dict(self):
+        return {"scale": self.scale}
+
+    def load_state_dict(self, state):
+        self.scale = state["scale"]
+
+
+@pytest.mark.parametrize(("saved", "own", "wanted"), [(8, 1, 8), (8, None, None), (None, 1, 1)])
+def test_the_scale_of_fp16_goes_on(tmp_path, saved, own, wanted):
+    first = build_trainer(tmp_path, Regression(SIZES))
+    first.accelerator.scaler = saved and Scaler(saved)
+    first.save()
+    assert load_checkpoint(first.last_checkpoint)["scaler"] == (saved and {"scale": saved})
+    second = build_trainer(tmp_path, Regression(SIZES))
+    second.accelerator.scaler = own and Scaler(own)
+    second.resume(first.last_checkpoint)
+    scaler = second.accelerator.scaler
+    assert (scaler and scaler.scale) == wanted
+
+
+def test_each_update_has_its_rate(tmp_path):
+    options = "trainer.updates=6", "schedule.warmup=2", "schedule.per_epoch=false"
+    trainer = build_trainer(tmp_path, Regression(SIZES), *options)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=trainer.config.optimizer.lr)
+    rate, expected = LearningRate(optimizer, trainer.config.schedule, 6, 1), []
+    for update in range(6):
+        rate.set(update)
+        expected.append(optimizer.param_groups[0]["lr"])
+    trainer.fit()
+    assert trainer.loggers[0].series("train/learning_rate") == expected
+    assert len(set(expected)) == 6
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_so_many_updates_are_logged(tmp_path, every):
+    trainer = trained(tmp_path, 6, "trainer.updates=6", f"trainer.log_every={every}")
+    logged = [update for update, metrics in trainer.loggers[0].entries if "train/loss" in metrics]
+    assert logged == list(range(every, 7, every))
+    assert all(rate > 0 for rate in trainer.loggers[0].series("train/rate"))
+
+
+def test_the_logged_norm_is_that_of_the_weights(tmp_path):
+    trainer = build_trainer(tmp_path, Regression(SIZES))
+    model = copy.deepcopy(trainer.task.model)
+    trainer.task.loss(model, trainer.task.train_loader.given[0]).backward()
+    weights = [p.grad for name, p in model.named_parameters() if not name.startswith("1.")]
+    trainer.fit(stop_after=1)
+    (norm,) = trainer.loggers[0].series("train/gradient_norm")
+    assert norm == pytest.approx(torch.nn.utils.get_total_norm(weights).item(), rel=1e-6)
