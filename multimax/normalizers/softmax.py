@@ -71,6 +71,7 @@ class SoftMax(ModulatedSoftMax):
 
     def __init__(self, temperature: float = 1.0, learned: bool = False) -> None:
         super().__init__()
+        _check_temperature(temperature)
         if not LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
             raise ValueError(
                 f"temperature must be in [{LEAST_TEMPERATURE:g}, {LARGEST_TEMPERATURE:g}], got "
