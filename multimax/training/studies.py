@@ -59,7 +59,6 @@ class Study(Section):
         row: names of the columns that describe a cell.
         columns: further columns by name, each with the figure of a result that it shows, such as
             "test/top1". The first one also has its spread and its difference to the baseline.
-        higher_is_better: whether the first figure is to rise.
         digits: after the decimal point.
         unit: what the figures were counted on.
         baseline: the cell that the others are compared with.
@@ -73,7 +72,6 @@ class Study(Section):
     seeds: Count
     row: Annotated[list[str], Field(min_length=1)]
     columns: Annotated[dict[str, str], Field(min_length=1)]
-    higher_is_better: bool
     digits: Annotated[int, Field(ge=0, le=10)]
     unit: str
     baseline: str

@@ -34,7 +34,7 @@ def example(**changes):
     cells = {"a": {"row": ["A"], "settings": ["attention=topk"], "seeds": 3},
              "b": {"row": ["B"], "settings": []}}  # fmt: skip
     return {"name": "s", "title": "S", "base": ["task=translation"], "seeds": 2, "row": ["cell"],
-            "columns": {"BLEU": "test/bleu"}, "higher_is_better": True, "digits": 2,
+            "columns": {"BLEU": "test/bleu"}, "digits": 2, "unit": "sentences",
             "baseline": "a", "cells": cells} | changes  # fmt: skip
 
 
