@@ -180,7 +180,7 @@ def test_an_error_in_an_evaluation_is_not_lost(tmp_path, stop, error):
         raise RuntimeError("stopped by the network")
 
     trainer.task.evaluate = fails
-    with pytest.raises(error, match="stopped by (the network|a signal after update 1)"):
+    with pytest.raises(error, match=r"stopped by (the network|a signal after update 1)"):
         trainer.evaluate("valid")
 
 
