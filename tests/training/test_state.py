@@ -201,3 +201,29 @@ def test_gradients_of_fp16_are_unscaled_before_they_are_measured(tmp_path, monke
     for name in ("train/loss", "train/gradient_norm"):
         assert scaled.loggers[0].series(name) == plain.loggers[0].series(name)
     assert_same(scaled.task.model.state_dict(), plain.task.model.state_dict())
+
+
+class Drawing(Regression):
+    """Keeps a random number of each loss, as dropout would draw it."""
+
+    def __init__(self):
+        super().__init__(SIZES)
+        self.drawn = []
+
+    def loss(self, model, batch):
+        self.drawn.append(torch.rand(()).item())
+        return super().loss(model, batch)
+
+
+def test_a_resumed_epoch_draws_on_and_the_next_one_anew(tmp_path):
+    whole, first, second = (
+        build_trainer(tmp_path, Drawing(), "trainer.updates=7", "trainer.evaluate_every=7")
+        for _ in range(3)
+    )
+    whole.fit()
+    first.fit(stop_after=2)
+    assert second.resume(first.last_checkpoint)
+    second.fit()
+    drawn = whole.task.drawn
+    assert len(drawn) == len(set(drawn)) == 8  # one more in the evaluation
+    assert first.task.drawn + second.task.drawn == drawn
