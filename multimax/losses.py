@@ -111,6 +111,8 @@ def linear_output_loss(
     """
     options = (label_smoothing, ignore_index, reduction)
     check_not_nested(features)
+    if features.dim() == 0:
+        raise ValueError("features must have a dimension, (..., dim), got a scalar")
     to_compute_precision(features.new_empty(0))  # for its check of the dtype
     check_device(features, weight=weight, bias=bias)
     backend = chosen_backend()

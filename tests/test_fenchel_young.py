@@ -170,3 +170,14 @@ def test_bad_alpha(class_scores, targets):
         output_loss(EntMax(1.5, learned=True, heads=4), class_scores, hard)
     with pytest.raises(ValueError, match="class dimension"):
         fenchel_young_loss(torch.tensor(1.0), torch.tensor(0))
+
+
+def test_second_derivatives_by_alpha_at_softmax_are_those_next_to_it(class_scores, targets):
+    def second(alpha):
+        alpha = torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
+        scores = class_scores.detach().requires_grad_()
+        loss = fenchel_young_loss(scores, targets["mixup"], alpha)
+        (first,) = torch.autograd.grad(loss, alpha, create_graph=True)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(first, (alpha, scores))])
+
+    torch.testing.assert_close(second(1.0), second(1 + 1e-7), rtol=1e-5, atol=1e-6)

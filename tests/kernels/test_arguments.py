@@ -103,6 +103,13 @@ def test_dtypes_that_attention_and_losses_do_not_take(normalizer, dtype, backend
         output_loss(normalizer, x[0, 0], torch.zeros(4).long())
 
 
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=str)
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_features_without_dimensions(normalizer, backend):
+    with use_backend(backend), pytest.raises(ValueError, match=r"\(\.\.\., dim\), got a scalar"):
+        linear_output_loss(normalizer, torch.tensor(1.0), torch.zeros(5, 1), torch.tensor(0))
+
+
 class Other(MultiMax):
     """Gives as many coefficients as it is told."""
 

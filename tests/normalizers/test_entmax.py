@@ -122,3 +122,12 @@ def test_an_alpha_that_varies_along_the_row(scores, shape):
         entmax(scores, torch.full(shape, 1.5))
     with pytest.raises(ValueError, match="along dim 1"):
         entmax(torch.ones(3, 4, 5), torch.full((4, 1), 1.5), dim=1)
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0, 2.5])
+def test_the_gradient_of_a_row_with_nan_is_nan_and_that_of_the_others_is_not(alpha):
+    scores = torch.tensor([[0.0, float("nan"), 1.0], [0.0, 0.5, 1.0]], requires_grad=True)
+    vector = torch.tensor([1.0, 2.0, 4.0]).expand(2, 3)
+    (gradient,) = torch.autograd.grad(entmax(scores, alpha), scores, vector)
+    assert gradient[0].isnan().all()
+    assert gradient[1].isfinite().all()

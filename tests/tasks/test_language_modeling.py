@@ -12,7 +12,7 @@ from rich.console import Console
 from multimax.data.vocabulary import WordVocabulary
 from multimax.losses import output_loss
 from multimax.tasks import build_task, language_modeling
-from multimax.tasks.language_modeling import EPSILON, build_language_model
+from multimax.tasks.language_modeling import build_language_model
 from multimax.training.config import read_config, run_folder
 from multimax.training.run import run
 
@@ -123,6 +123,19 @@ def test_figures_per_word_and_byte(composed, split):
     assert set(metrics) == {"loss", "perplexity", "word_perplexity", "bits_per_byte"}
 
 
+def test_batches_are_summed_in_double(composed):
+    metrics, task = evaluate(composed("lm_softmax", "trainer.eval_batch_size=1"), "test")
+    sums = []
+    with torch.inference_mode():
+        for batch in task.eval_loaders["test"]:
+            counts = batch.targets != task.model.padding_index
+            features = task.model(batch.inputs)[counts]
+            loss = task.model.output.loss(features, batch.targets[counts], reduction="sum")
+            sums.append(loss.item())
+    assert len(sums) > 5
+    assert metrics["loss"] == pytest.approx(sum(sums) / task.splits["test"], rel=1e-12)
+
+
 def test_label_smoothing_is_of_training_alone(composed):
     plain, smoothed = (
         evaluate(composed("lm_softmax", f"loss.label_smoothing={share}"), "valid")[0]
@@ -147,7 +160,7 @@ def test_sparse_outputs_have_no_perplexity_but_a_smoothed_one(composed, output):
         )
         own = output_loss(task.model.output.normalizer, scores, torch.tensor([[6, 7, 8]]))
     assert (p == 0).any()
-    smoothed = (1 - EPSILON) * p + EPSILON / 270
+    smoothed = 0.99 * p + 0.01 / 270
     nll = -smoothed.log().sum().item()
     words = task.data.words["valid"]
     assert metrics["smoothed_perplexity"] == pytest.approx(math.exp(nll / len(p)), rel=1e-4)

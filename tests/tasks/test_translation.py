@@ -153,13 +153,51 @@ def test_a_sentence_that_no_process_evaluated_is_noticed(build):
         evaluate(build(rank=1, world_size=2), "test")
 
 
+@pytest.mark.parametrize("part", ["count", "sentence"])
+def test_tokens_and_sentences_are_both_counted(build, part):
+    task = build("decoding.max_len_b=1")
+
+    def reduce(tensor):
+        if part == "count" and tensor.shape == (3,):
+            tensor[2] -= 1
+        if part == "sentence" and tensor.dim() == 2:
+            tensor[7] = 0
+        return tensor
+
+    with pytest.raises(RuntimeError, match="not every valid sentence was evaluated exactly once"):
+        evaluate(task, "valid", reduce)
+
+
+def test_batches_are_summed_in_double(build):
+    task = build("decoding.max_len_b=1")
+    metrics = evaluate(task, "valid")
+    sums, tokens = [], 0
+    with torch.inference_mode():
+        for _, batch in task.eval_loaders["valid"]:
+            counts = batch.target != task.model.padding_index
+            features = task.model(batch.source, batch.target_in)[counts]
+            loss = task.model.output.loss(features, batch.target[counts], reduction="sum")
+            sums.append(loss.item())
+            tokens += int(counts.sum())
+    assert len(sums) > 2
+    assert metrics["loss"] == pytest.approx(sum(sums) / tokens, rel=1e-12)
+
+
 def test_a_sparse_output_has_a_smoothed_perplexity(build):
     task = build("output=sparsemax", "model.embed_dim=32")
     with torch.no_grad():
         task.model.output.weight.mul_(20)  # so that many words get nothing
     metrics = evaluate(task, "valid")
     assert list(metrics) == ["bleu", "chrf", "loss", "smoothed_perplexity"]
-    assert math.isfinite(metrics["smoothed_perplexity"])
+    nll, tokens = 0.0, 0
+    with torch.inference_mode():
+        for _, batch in task.eval_loaders["valid"]:
+            counts, output = batch.target != task.model.padding_index, task.model.output
+            p = output.probabilities(task.model(batch.source, batch.target_in)[counts])
+            p = p.gather(1, batch.target[counts][:, None])
+            nll -= (0.99 * p + 0.01 / 400).log().sum().item()
+            tokens += len(p)
+    assert metrics["smoothed_perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
     assert one_by_one(task, "valid", beam=1)[1] == -math.inf
 
 
@@ -273,6 +311,13 @@ def test_a_run_has_its_signatures_and_counts_in_its_result(build, tmp_path):
 def test_bad_decoding_options(build, field, value, remedy):
     with pytest.raises(ValueError, match=rf"decoding\.{field}=.* must be {remedy}"):
         build(f"decoding.{field}={value}")
+
+
+@pytest.mark.parametrize("name", ["beam", "monitor_beam"])
+def test_a_beam_has_at_least_one_word_to_spare(build, name):
+    build(f"decoding.{name}=399")
+    with pytest.raises(ValueError, match=f"decoding.{name}=400 must be less than 400, the number"):
+        build(f"decoding.{name}=400")
 
 
 def test_a_normalizer_that_does_not_exist(build):

@@ -8,7 +8,8 @@ from torch import nn
 
 from multimax import MultiMax
 from multimax.models.vision import build_vision_transformer
-from multimax.training.config import read_config
+from multimax.options import validate
+from multimax.training.config import OptimizerSection, read_config
 from multimax.training.optimization import (
     GradientClipping,
     LearningRate,
@@ -51,6 +52,14 @@ def test_optimizer_gets_its_options():
     assert isinstance(optimizer, torch.optim.AdamW)
     for group in optimizer.param_groups:
         assert (group["lr"], group["eps"], group["betas"]) == (1e-3, 1e-8, (0.9, 0.999))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_betas_are_a_tuple_as_by_default(name):
+    options = {"name": name, "lr": 0.1, "weight_decay": 0, "betas": [0.5, 0.75]}
+    section = validate(OptimizerSection, options)
+    (group, *_) = build_optimizer(nn.Linear(2, 2), section).param_groups
+    assert group["betas"] == (0.5, 0.75)
 
 
 def rates(options, length, updates_per_unit, peak):

@@ -1,6 +1,8 @@
 """The state of a run in memory and on disk, on a task of a few numbers."""
 
 import copy
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from tiny import Regression, assert_same, build_trainer
 from torch import nn
 
 from multimax.files import load_checkpoint
+from multimax.training import trainer as trainer_module
 from multimax.training.optimization import LearningRate
+from multimax.training.trainer import InterruptedRunError
 
 SIZES = (4, 4, 4)
 
@@ -155,3 +159,71 @@ def test_the_logged_norm_is_that_of_the_weights(tmp_path):
     trainer.fit(stop_after=1)
     (norm,) = trainer.loggers[0].series("train/gradient_norm")
     assert norm == pytest.approx(torch.nn.utils.get_total_norm(weights).item(), rel=1e-6)
+
+
+def test_the_time_of_an_update_is_counted(tmp_path, monkeypatch):
+    clock = itertools.count(1000, 0.25)
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    trainer = build_trainer(tmp_path, Regression((5, 3)), "trainer.updates=4")
+    trainer.fit()
+    assert trainer.loggers[0].series("train/rate") == [20, 12, 20, 12]  # rows in a second
+    assert trainer.position.seconds == 1
+
+
+@pytest.mark.parametrize(("stop", "error"), [(False, RuntimeError), (True, InterruptedRunError)])
+def test_an_error_in_an_evaluation_is_not_lost(tmp_path, stop, error):
+    """After a signal the other processes have gone: that they are missing is not the reason."""
+    trainer = trained(tmp_path, 1)
+
+    def fails(*_):
+        trainer._stop.requested = stop
+        raise RuntimeError("stopped by the network")
+
+    trainer.task.evaluate = fails
+    with pytest.raises(error, match=r"stopped by (the network|a signal after update 1)"):
+        trainer.evaluate("valid")
+
+
+def test_gradients_of_fp16_are_unscaled_before_they_are_measured(tmp_path, monkeypatch):
+    plain = build_trainer(tmp_path, Regression(SIZES))
+    plain.fit(stop_after=1)
+    scaled = build_trainer(tmp_path, Regression(SIZES))
+    scaled.accelerator.scaler = Scaler(8)
+
+    def unscale(optimizer):
+        assert optimizer is scaled.optimizer
+        for parameter in scaled.task.model.parameters():
+            parameter.grad /= 8
+
+    monkeypatch.setattr(scaled.accelerator, "backward", lambda loss: (8 * loss).backward())
+    monkeypatch.setattr(scaled.accelerator, "unscale_gradients", unscale)
+    scaled.fit(stop_after=1)
+    for name in ("train/loss", "train/gradient_norm"):
+        assert scaled.loggers[0].series(name) == plain.loggers[0].series(name)
+    assert_same(scaled.task.model.state_dict(), plain.task.model.state_dict())
+
+
+class Drawing(Regression):
+    """Keeps a random number of each loss, as dropout would draw it."""
+
+    def __init__(self):
+        super().__init__(SIZES)
+        self.drawn = []
+
+    def loss(self, model, batch):
+        self.drawn.append(torch.rand(()).item())
+        return super().loss(model, batch)
+
+
+def test_a_resumed_epoch_draws_on_and_the_next_one_anew(tmp_path):
+    whole, first, second = (
+        build_trainer(tmp_path, Drawing(), "trainer.updates=7", "trainer.evaluate_every=7")
+        for _ in range(3)
+    )
+    whole.fit()
+    first.fit(stop_after=2)
+    assert second.resume(first.last_checkpoint)
+    second.fit()
+    drawn = whole.task.drawn
+    assert len(drawn) == len(set(drawn)) == 8  # one more in the evaluation
+    assert first.task.drawn + second.task.drawn == drawn
