@@ -116,7 +116,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}: give the path of a last.pt or best.pt")
     try:
         # The official code of MultiMax stores its command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        known = argparse.Namespace in torch.serialization.get_safe_globals()  # and stays it
+        with torch.serialization.safe_globals([] if known else [argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(

@@ -53,7 +53,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint {path}: give the path of a .pth file")
     try:
         # The official training script stores its command-line arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        known = argparse.Namespace in torch.serialization.get_safe_globals()  # and stays it
+        with torch.serialization.safe_globals([] if known else [argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a PyTorch checkpoint: {error}") from error
