@@ -1,4 +1,5 @@
 import os
+import resource
 
 import pytest
 import torch
@@ -102,3 +103,12 @@ def targets(_seed):
         "mixup": 0.3 * one_hot + 0.7 * F.one_hot(second, 6).double(),
         "soft": torch.rand(5, 6, dtype=torch.float64).softmax(-1),
     }
+
+
+@pytest.fixture
+def full_disk(request):
+    """No file can grow beyond 20 kB, or another number of bytes: the kernel refuses the write."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (getattr(request, "param", 20_000), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

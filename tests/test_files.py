@@ -1,7 +1,6 @@
 import errno
 import multiprocessing
 import os
-import resource
 
 import pytest
 import torch
@@ -25,15 +24,6 @@ class RunsCode:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-@pytest.fixture
-def full_disk():
-    """No file can grow beyond 20 kB: the kernel itself refuses the write that would do so."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def no_space(stream):

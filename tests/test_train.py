@@ -21,6 +21,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from rich.console import Console
+from tiny_text import TINY_LANGUAGE_MODEL, TINY_TRANSLATION
 
 from multimax.data.pairs.sources import PairSource
 from multimax.tasks import build_task
@@ -35,21 +36,11 @@ ATTENTIONS, OUTPUTS = (
     for group in ("attention", "output")
 )
 TINY = ["debug=two_updates", "model.depth=1", "model.embed_dim=16", "trainer.batch_size=10"]
-TINY_TEXT = [
-    "debug=two_updates", "model.embed_dim=16", "model.ffn_dim=16", "model.num_heads=2",
-    "data.vocabulary_size=300",
-]  # fmt: skip
 TINY_TASK = {
     "image_classification": TINY,
-    "language_modeling": [
-        *TINY_TEXT, "model.depth=1", "data=text_files", "data.block_size=8",
-        "data.context_window=4",
-    ],
-    "translation": [
-        *TINY_TEXT, "model.encoder_depth=1", "model.decoder_depth=1", "trainer.batch_size=256",
-        "decoding.beam=2", "decoding.max_len_a=0", "decoding.max_len_b=3",
-    ],
-}  # fmt: skip
+    "language_modeling": TINY_LANGUAGE_MODEL,
+    "translation": TINY_TRANSLATION,
+}
 
 # What `result.json` holds, and the tables are made of.
 SCHEMA = {

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import stat
 
 import pytest
@@ -38,17 +37,8 @@ def test_a_vocabulary_that_cannot_be_read_is_not_to_be_deleted(tmp_path, monkeyp
     assert "delete" not in str(e.value)
 
 
-@pytest.fixture
-def full_disk():
-    """No file can grow beyond 1 kB: the kernel itself refuses the write that would do so."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.usefixtures("full_disk")
-def test_preparing_on_a_full_disk_names_the_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("full_disk", [1000], indirect=True)
+def test_preparing_on_a_full_disk_names_the_folder(full_disk, tmp_path, monkeypatch):
     def prepare(archive, folder):
         folder.mkdir()
         (folder / "train").write_text("x" * 2000)

@@ -6,6 +6,8 @@ import sys
 import pytest
 import torch
 
+from multimax.kernels import c_build
+
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -35,3 +37,40 @@ def bfloat16_products(monkeypatch):
         return original(self, a, b, *rest)
 
     monkeypatch.setattr(builder, "create_dot", create_dot)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The folder where libraries are kept during the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield tmp_path / "cache" / "multimax" / "kernels"
+    c_build._folder_to_write.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def library():
+    """A library that has been compiled, for compilers to copy."""
+    yield c_build.find_library(torch.float32) or c_build.compile_library(torch.float32)
+    c_build._folder_to_write.cache_clear()
+
+
+@pytest.fixture
+def compiler(library, tmp_path, monkeypatch):
+    """Makes CC a quick compiler that counts its runs."""
+    runs = tmp_path / "runs"
+
+    def install(before="", version="1.0"):
+        script = tmp_path / "compiler"
+        script.write_text(
+            f"#!/bin/sh\n{before}\n"
+            f'case "$*" in *-dM*) echo {version}; exit;; esac\n'
+            f'echo "$*" >> {runs}\n'
+            'while [ "$1" != -o ]; do shift; done\n'
+            f'cp {library} "$2"\n'
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("CC", str(script))
+        return script
+
+    install.runs = lambda: len(runs.read_text().splitlines()) if runs.exists() else 0
+    return install

@@ -5,7 +5,6 @@ import functools
 import multiprocessing
 import os
 import re
-import stat
 import subprocess
 import sys
 import tempfile
@@ -15,55 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled import load
 from definition import needs_kernels
 
 from multimax.kernels import c_build, c_library
 
 ROOT = Path(__file__).parents[2]
-
-
-def load(dtype=torch.float32):
-    """The library or the reason why there is none, as in a new process."""
-    c_build._folder_to_write.cache_clear()
-    c_build._target.cache_clear()
-    return c_library._load.__wrapped__(dtype)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """The folder where libraries are kept during the test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield tmp_path / "cache" / "multimax" / "kernels"
-    c_build._folder_to_write.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def library():
-    """A library that has been compiled, for compilers to copy."""
-    yield c_build.find_library(torch.float32) or c_build.compile_library(torch.float32)
-    c_build._folder_to_write.cache_clear()
-
-
-@pytest.fixture
-def compiler(library, tmp_path, monkeypatch):
-    """Makes CC a quick compiler that counts its runs."""
-    runs = tmp_path / "runs"
-
-    def install(before="", version="1.0"):
-        script = tmp_path / "compiler"
-        script.write_text(
-            f"#!/bin/sh\n{before}\n"
-            f'case "$*" in *-dM*) echo {version}; exit;; esac\n'
-            f'echo "$*" >> {runs}\n'
-            'while [ "$1" != -o ]; do shift; done\n'
-            f'cp {library} "$2"\n'
-        )
-        script.chmod(0o755)
-        monkeypatch.setenv("CC", str(script))
-        return script
-
-    install.runs = lambda: len(runs.read_text().splitlines()) if runs.exists() else 0
-    return install
 
 
 @needs_kernels
@@ -250,75 +206,6 @@ def test_a_kept_library_needs_no_compiler(cache, compiler, monkeypatch):
     assert load().startswith("CC is 'nowhere', which is not found")
     monkeypatch.setattr(c_build, "_processor", lambda: None)
     assert load().startswith("CC is 'nowhere', which is not found")
-
-
-# How others could have written what is kept. Each gets the folder and the library in it.
-PLANTED = {
-    "folder of a group": lambda folder, file: folder.chmod(0o775),
-    "folder of all": lambda folder, file: folder.chmod(0o777),
-    "folder in a folder of all": lambda folder, file: folder.parent.chmod(0o777),
-    "folder of another": lambda folder, file: os.chown(folder, 65534, -1),
-    "folder behind a link": lambda folder, file: (
-        folder.rename(folder.with_name("other")).with_name("kernels").symlink_to("other")
-    ),
-    "file of a group": lambda folder, file: file.chmod(0o664),
-    "file of all": lambda folder, file: file.chmod(0o646),
-    "file of another": lambda folder, file: os.chown(file, 65534, -1),
-    "file behind a link": lambda folder, file: (
-        file.rename(folder.with_name("other")) and file.symlink_to("../other")
-    ),
-}
-
-
-@needs_kernels
-@pytest.mark.parametrize("way", PLANTED)
-def test_what_others_could_have_written_is_not_loaded(
-    cache, compiler, monkeypatch, tmp_path, capsys, way
-):
-    if "another" in way and os.geteuid() != 0:
-        pytest.skip("only root can give a file away")
-    compiler()
-    load()
-    (kept,) = cache.iterdir()
-    PLANTED[way](cache, kept)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    capsys.readouterr()
-    loaded = Path(load()._name)
-    assert compiler.runs() == 2
-    said = capsys.readouterr().err
-    if way.startswith("folder"):
-        assert loaded.parent.parent == tmp_path
-        assert stat.S_IMODE(loaded.parent.stat().st_mode) == 0o700
-        assert "multimax cannot keep its compiled CPU kernels: " in said
-        assert str(cache.parent) in said
-    else:
-        assert loaded == kept
-        assert c_build.distrust(kept) is None
-        assert "cannot keep" not in said
-
-
-@needs_kernels
-@pytest.mark.parametrize("mask", [0o000, 0o002, 0o077])
-def test_what_is_kept_is_used_again_whatever_the_umask(cache, compiler, mask):
-    compiler()
-    before = os.umask(mask)
-    try:
-        for _ in range(2):
-            assert isinstance(load(), ctypes.CDLL)
-    finally:
-        os.umask(before)
-    assert compiler.runs() == 1
-    (kept,) = cache.iterdir()
-    assert kept.stat().st_mode & 0o022 == cache.stat().st_mode & 0o022 == 0
-
-
-@needs_kernels
-def test_a_library_in_a_sticky_folder_is_trusted(cache, compiler):
-    compiler()
-    load()
-    cache.parent.chmod(0o1777)
-    load()
-    assert compiler.runs() == 1
 
 
 @needs_kernels

@@ -19,6 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from tiny import PLAIN, ROOT
+from tiny_text import TINY_LANGUAGE_MODEL, TINY_TRANSLATION
 
 from multimax.data.pairs.sources import LibreOfficeHelp
 from multimax.options import leaves
@@ -44,20 +45,10 @@ OTHERS = [
     {"name": 3}, {"a": {"b": 1}}, {1: 2},
 ]  # fmt: skip
 NORMALIZERS = ["softmax", "topk", "sparsemax", "entmax15", "entmax", "evsoftmax", "multimax"]
-TEXT_MODEL = [
-    "debug=two_updates", "model.embed_dim=16", "model.ffn_dim=16", "model.num_heads=2",
-    "data.vocabulary_size=300",
-]  # fmt: skip
 TASKS = {
     "deit_multimax": PLAIN,
-    "lm_softmax": [
-        *TEXT_MODEL, "model.depth=1", "data=text_files", "data.block_size=8",
-        "data.context_window=4",
-    ],
-    "mt_topk": [
-        *TEXT_MODEL, "model.encoder_depth=1", "model.decoder_depth=1", "trainer.batch_size=256",
-        "decoding.beam=2", "decoding.max_len_a=0", "decoding.max_len_b=3",
-    ],
+    "lm_softmax": TINY_LANGUAGE_MODEL,
+    "mt_topk": TINY_TRANSLATION,
 }  # fmt: skip
 # What is not tried in training: it takes minutes, or writes wherever the value says.
 NOT_TRAINED = ("trainer.compile", "output_dir", "data.cache", "resume", "logger.wandb", "data.root")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
@@ -16,7 +17,7 @@ from multimax.options import validate
 from multimax.tasks.base import Task
 from multimax.training.config import ScheduleSection, read_config
 from multimax.training.run import run
-from multimax.training.trainer import Trainer
+from multimax.training.trainer import InterruptedRunError, Trainer
 
 ROOT = Path(__file__).parents[2]
 PLAIN = (
@@ -176,3 +177,17 @@ def build_trainer(folder, task, *overrides, precision="no"):
     config = read_config(tiny_config(folder, *overrides))
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     return Trainer(task, config, folder, accelerator, [Recorder()], None)
+
+
+def interrupted(config, monkeypatch, update):
+    """Stop a run after an update, with its state on disk."""
+    real = Trainer._update
+
+    def update_and_stop(self, group):
+        self._stop.requested |= self.position.update + 1 == update
+        return real(self, group)
+
+    with monkeypatch.context() as context:
+        context.setattr(Trainer, "_update", update_and_stop)
+        with pytest.raises(InterruptedRunError, match=f"after update {update}$"):
+            run_quietly(config)
