@@ -27,6 +27,7 @@ from multimax.tasks.base import (
 )
 
 INSPECTED_IMAGES = 2000  # of each process: all of the small test split
+INSPECTED_AT_ONCE = 50  # the scores of all tokens are held, unlike in training
 
 
 class ImageLoss(Section):
@@ -129,7 +130,8 @@ class ImageClassification(Task):
         left = INSPECTED_IMAGES
         with NormalizerRecorder(model) as recorder:
             for images, _ in self.evaluation_batches(split):
-                cast(Normalizer, model.output)(model(images[:left]))
+                for part in images[:left].split(INSPECTED_AT_ONCE):
+                    cast(Normalizer, model.output)(model(part))
                 left -= len(images)
                 if left <= 0:
                     break

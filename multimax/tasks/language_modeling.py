@@ -131,7 +131,9 @@ class LanguageModeling(Task):
         split = inspected_split(self.splits)
         with NormalizerRecorder(model) as recorder:
             for batch in islice(self.evaluation_batches(split), INSPECTED_BATCHES):
-                features = model(batch.inputs)[batch.targets != self.model.padding_index]
+                # A block at a time: its scores are held, unlike in training.
+                features = torch.cat([model(block) for block in batch.inputs.split(1)])
+                features = features[batch.targets != self.model.padding_index]
                 cast(LanguageModel, model).output.probabilities(features[:INSPECTED_ROWS])
         return recorder.summary()
 

@@ -195,5 +195,8 @@ def test_what_a_reader_is_told():
 def test_only_so_many_images_are_inspected(monkeypatch):
     task = build()
     monkeypatch.setattr(image_classification, "INSPECTED_IMAGES", 70)
+    sizes = []
+    task.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     rows = task.inspect(task.model.eval())
     assert rows["output"]["entropy_count"] == 70
+    assert sizes == [50, 20]  # few at once: scores of long sequences would not fit into memory

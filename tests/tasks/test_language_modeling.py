@@ -188,8 +188,11 @@ def test_training_batches_are_those_of_seed_and_rank(composed):
 
 def test_what_is_inspected(composed, monkeypatch):
     task = build(composed("lm_multimax"))
+    sizes = set()
+    task.model.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
     with torch.inference_mode():
         rows = task.inspect(task.model.eval())
+    assert sizes == {1}  # scores of more long blocks would not fit into memory
     layers = {f"decoder.layers.{layer}.self_attn.normalizer" for layer in range(2)}
     assert set(rows) == layers | {"decoder.output_projection.normalizer"}
     assert (
