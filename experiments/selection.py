@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from experiments.results import Result
 from multimax.registry import look_up
 from multimax.training.command_line import complete_length
-from multimax.training.config import hashed_settings, read_config
+from multimax.training.config import Config, hashed_settings, read_config
 from multimax.training.result import flat_summary
 from multimax.training.studies import Study, read_study
 
@@ -21,13 +21,13 @@ NORMALIZERS = ("attention", "output")
 STUDIES = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))
 
 
-def settings_of(*overrides: str) -> dict[str, Any]:
-    """The settings that a command line of `train.py` composes, without those of no consequence.
+def config_of(*overrides: str) -> Config:
+    """The configuration that a command line of `train.py` composes.
 
     Raises:
-        ValueError: they do not compose.
+        ValueError: the settings do not compose.
     """
-    return hashed_settings(read_config(_composed(*overrides)))
+    return read_config(_composed(*overrides))
 
 
 def _composed(*overrides: str) -> Any:

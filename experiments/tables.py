@@ -19,70 +19,40 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from experiments.comparison import ALPHA, Cells, cells_of
 from experiments.rendering import FILES, Table, replace_in_readme
 from experiments.results import load
-from experiments.selection import (
-    CONFIGS,
-    STUDIES,
-    Run,
-    Selection,
-    run_of,
-    select,
-    settings_of,
-    study_of,
-)
-from experiments.statistics import Difference, holm, mean_and_deviation, paired_difference
+from experiments.selection import CONFIGS, STUDIES, Run, Selection, config_of, run_of, study_of
+from experiments.statistics import Difference, holm, mean_and_deviation
 from multimax.files import write_atomically
 from multimax.registry import look_up
 from multimax.training.studies import Claim, Study
 
 SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
 TABLES = [name for name in STUDIES if name.startswith("table")]
-ALPHA = 0.05
 RUN_LOG = "author's run log (one run), not the paper"
 
 
 class _Builder:
     """The rows and remarks of a study from the runs of its cells."""
 
-    def __init__(self, study: Study, scale: str, selections: dict[str, Selection]) -> None:
-        self.study, self.scale, self.selections = study, scale, selections
-        figures = {
-            name for of in selections.values() for r in of.runs.values() for name in r.figures
-        }
-        self.split = "test" if any(name.startswith("test/") for name in figures) else "valid"
-
-    def values(self, cell: str, column: str) -> dict[int, float]:
-        """A figure by seed, of the runs that have it: a sparse output has no perplexity."""
-        name = self.study.columns[column].replace("test/", f"{self.split}/")
-        runs = self.selections[cell].runs
-        return {s: runs[s].figures[name] for s in sorted(runs) if name in runs[s].figures}
-
-    def difference(self, cell: str, than: str, column: str) -> Difference | None:
-        """To another cell, by the seeds that both have."""
-        return paired_difference(self.values(cell, column), self.values(than, column))
+    def __init__(self, cells: Cells) -> None:
+        self.study, self.cells = cells.study, cells
 
     def rows(self) -> tuple[list[str], list[dict[str, str]]]:
         """Column names, and the texts of each row."""
         study = self.study
         main, *others = study.columns
         spread = ["sd", "seeds", "n", "difference", "95 % CI"]
-        logged = self.scale == "paper" and any(cell.run_log for cell in study.cells.values())
+        logged = self.cells.scale == "paper" and any(c.run_log for c in study.cells.values())
         columns = [*study.row, main, *spread, *others, *((RUN_LOG, "paper") if logged else ())]
-        compared = {
-            cell: difference
-            for cell in study.cells
-            if cell != study.baseline
-            and (difference := self.difference(cell, study.baseline, main))
-        }
-        corrected = holm([difference.p_value for difference in compared.values()])
-        stars = {cell: p < ALPHA for cell, p in zip(compared, corrected, strict=True)}
         rows = []
         for name, cell in study.cells.items():
             row = dict.fromkeys(columns, "") | dict(zip(study.row, cell.row, strict=True))
             row |= self._figures(name)
-            if difference := compared.get(name):
-                row["difference"] = self._signed(difference.mean) + "*" * stars[name]
+            compared = self.cells.comparisons.get(name)
+            if compared and (difference := compared.difference):
+                row["difference"] = self._signed(difference.mean) + "*" * compared.star
                 row["95 % CI"] = f"±{difference.half_width:.{study.digits}f}"
             if logged and cell.run_log:
                 row[RUN_LOG] = f"{cell.run_log:g}"
@@ -92,15 +62,15 @@ class _Builder:
     def _figures(self, cell: str) -> dict[str, str]:
         texts: dict[str, str] = {}
         for index, column in enumerate(self.study.columns):
-            found = list(self.values(cell, column).values())
+            found = list(self.cells.values(cell, column).values())
             if found:
                 mean, deviation = mean_and_deviation(found)
                 texts[column] = f"{mean:.{self.study.digits}f}"
                 if not index and len(found) > 1:
                     texts["sd"] = f"{deviation:.{self.study.digits}f}"
-        runs = self.selections[cell].runs.values()
+        runs = self.cells.selections[cell].runs.values()
         if runs:
-            examples = {int(run.figures[f"{self.split}/examples"]) for run in runs}
+            examples = {int(run.figures[f"{self.cells.split}/examples"]) for run in runs}
             texts |= {"seeds": str(len(runs)), "n": ", ".join(f"{n:,}" for n in sorted(examples))}
         return texts
 
@@ -110,9 +80,9 @@ class _Builder:
     def remarks(self) -> list[str]:
         """What the columns mean, and what the differences say of each claim."""
         study = self.study
-        base = ", ".join(study.cells[study.baseline].row)
+        split, base = self.cells.split, self.cells.label(study.baseline)
         meaning = (
-            f"n: {study.unit} of split {self.split!r}; difference: to the row {base}, paired by "
+            f"n: {study.unit} of split {split!r}; difference: to the row {base}, paired by "
             "seed, with its 95 % interval over the common seeds; *: the interval excludes 0 after "
             "Holm's correction for the number of rows."
         )
@@ -123,7 +93,7 @@ class _Builder:
                 " and s = 0.1 / n for a row of n entries."
             )
         differences = [
-            self.difference(claim.cell, claim.than or study.baseline, claim.column)
+            self.cells.difference(claim.cell, claim.than or study.baseline, claim.column)
             for claim in study.claims
         ]
         corrected = iter(holm([found.p_value for found in differences if found]))
@@ -149,38 +119,22 @@ class _Builder:
 
 
 def build(study: Study, scale: str, runs: Iterable[Run], overrides: Sequence[str] = ()) -> Table:
-    """The table of a study, empty in the cells that have no run.
+    """The table of a study, empty in the cells that have no run; arguments as of `cells_of`."""
+    return table_of(cells_of(study, scale, runs, overrides))
 
-    Args:
-        study: its cells and columns.
-        scale: one of `SCALES`, of which the task has a recipe.
-        runs: recorded ones, of whatever study.
-        overrides: settings of the runs that are not those of the study.
-    """
-    runs = list(runs)
-    selections = {
-        name: select(settings_of(*study.settings(name), f"scale={scale}", *overrides), runs)
-        for name in study.cells
-    }
+
+def table_of(cells: Cells) -> Table:
+    """The table of the cells of a study."""
     notes = [
         f"{name}: runs with other settings are left out ({', '.join(selection.left_out)})"
-        for name, selection in selections.items()
-        if selection.left_out and not _are_cells(selection, study)
+        for name, selection in cells.selections.items()
+        if selection.left_out and not _are_cells(selection, cells.study)
     ]
-    builder = _Builder(study, scale, selections)
+    builder = _Builder(cells)
     columns, rows = builder.rows()
-    caption = f"{study.title}, at {scale} scale"
-    total = sum(len(selection.runs) for selection in selections.values())
-    return Table(
-        f"{study.name}_{scale}",
-        caption,
-        columns,
-        len(study.row),
-        rows,
-        builder.remarks(),
-        notes,
-        total,
-    )
+    caption = f"{cells.study.title}, at {cells.scale} scale"
+    words = len(cells.study.row)
+    return Table(cells.name, caption, columns, words, rows, builder.remarks(), notes, cells.count())
 
 
 def _are_cells(selection: Selection, study: Study) -> bool:
@@ -191,7 +145,7 @@ def _are_cells(selection: Selection, study: Study) -> bool:
 
 def has_scale(study: Study, scale: str) -> bool:
     """Whether the task of a study has a recipe at a scale."""
-    task = settings_of(*study.settings(study.baseline))["task"]["name"]
+    task = config_of(*study.settings(study.baseline)).task.name
     return (CONFIGS / "recipe" / task / f"{scale}.yaml").exists()
 
 

@@ -1,0 +1,127 @@
+"""The runs of each cell of a study, and how the cells compare with its baseline."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from experiments.selection import Run, Selection, config_of, select
+from experiments.statistics import Difference, holm, paired_difference
+from multimax.training.config import Config, hashed_settings
+from multimax.training.studies import Study
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A cell next to the baseline, by the first column of the study.
+
+    Attributes:
+        by_seed: the difference of each seed that both have.
+        difference: their mean and its interval; None with fewer than two seeds.
+        star: whether the interval excludes 0 after Holm's correction for the number of cells.
+    """
+
+    by_seed: dict[int, float]
+    difference: Difference | None = None
+    star: bool = False
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of a study at one scale.
+
+    Attributes:
+        study: their names, settings and columns.
+        scale: of the runs.
+        configs: the composed configuration of each cell.
+        selections: the recorded runs of each cell.
+    """
+
+    study: Study
+    scale: str
+    configs: dict[str, Config]
+    selections: dict[str, Selection]
+
+    @property
+    def name(self) -> str:
+        """Of the study and the scale, such as "table2_small", which files are called by."""
+        return f"{self.study.name}_{self.scale}"
+
+    @cached_property
+    def split(self) -> str:
+        """What the figures were counted on: "test", or "valid" where there is no test split."""
+        of_test = (
+            name.startswith("test/")
+            for selection in self.selections.values()
+            for run in selection.runs.values()
+            for name in run.figures
+        )
+        return "test" if any(of_test) else "valid"
+
+    @property
+    def main_column(self) -> str:
+        """The column by which the cells are compared."""
+        return next(iter(self.study.columns))
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the claims of the study are that its main column is lower."""
+        return any(c.lower for c in self.study.claims if c.column == self.main_column)
+
+    def label(self, cell: str) -> str:
+        """What the row of a cell begins with, such as "SoftMax, MultiMax, order 2"."""
+        return ", ".join(self.study.cells[cell].row)
+
+    def count(self) -> int:
+        """Of all runs."""
+        return sum(len(selection.runs) for selection in self.selections.values())
+
+    def values(self, cell: str, column: str) -> dict[int, float]:
+        """A figure by seed, of the runs that have it: a sparse output has no perplexity."""
+        name = self.study.columns[column].replace("test/", f"{self.split}/")
+        runs = self.selections[cell].runs
+        return {s: runs[s].figures[name] for s in sorted(runs) if name in runs[s].figures}
+
+    def difference(self, cell: str, than: str, column: str) -> Difference | None:
+        """To another cell, by the seeds that both have."""
+        return paired_difference(self.values(cell, column), self.values(than, column))
+
+    @cached_property
+    def comparisons(self) -> dict[str, Comparison]:
+        """Every cell but the baseline next to it."""
+        base, column = self.study.baseline, self.main_column
+        cells = [cell for cell in self.study.cells if cell != base]
+        found = {cell: self.difference(cell, base, column) for cell in cells}
+        compared = {cell: difference for cell, difference in found.items() if difference}
+        corrected = holm([difference.p_value for difference in compared.values()])
+        stars = {cell for cell, p in zip(compared, corrected, strict=True) if p < ALPHA}
+        of_base = self.values(base, column)
+        return {
+            cell: Comparison(
+                {s: v - of_base[s] for s, v in self.values(cell, column).items() if s in of_base},
+                found[cell],
+                cell in stars,
+            )
+            for cell in cells
+        }
+
+
+def cells_of(study: Study, scale: str, runs: Iterable[Run], overrides: Sequence[str] = ()) -> Cells:
+    """The cells of a study with their runs, which some cells may not have.
+
+    Args:
+        study: its cells and columns.
+        scale: one of `configs/scale/`, of which the task has a recipe.
+        runs: recorded ones, of whatever study.
+        overrides: settings of the runs that are not those of the study.
+
+    Raises:
+        ValueError: the settings do not compose, or a run is recorded twice.
+    """
+    runs = list(runs)
+    configs = {
+        name: config_of(*study.settings(name), f"scale={scale}", *overrides) for name in study.cells
+    }
+    selections = {name: select(hashed_settings(config), runs) for name, config in configs.items()}
+    return Cells(study, scale, configs, selections)
