@@ -1,0 +1,128 @@
+"""The difference of each cell of a study to its baseline, with its interval and every seed."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.transforms import blended_transform_factory
+
+from experiments.comparison import Cells, Comparison, cells_of
+from experiments.results import RUNS, load
+from experiments.selection import STUDIES, run_of, study_of
+from experiments.tables import has_scale
+from multimax.files import write_atomically
+
+BETTER, WORSE, OPEN = "#0072b2", "#d55e00", "0.35"  # told apart by the colour-blind too
+CAPTION = (
+    "What each row of the table gains or loses next to its baseline: mean difference over the "
+    "common seeds (diamond), its 95 % interval by Student's t (bar), and each seed (dot). A star "
+    "is for an interval that excludes 0 after Holm's correction for the number of rows. An arrow "
+    "is for the interval of two seeds that goes on beyond the picture. Rows that have no seed in "
+    "common with the baseline are left out."
+)
+
+
+def draw(folder: Path = Path("results/figures"), source: Path = RUNS) -> list[Path]:
+    """Write `<study>_<scale>.png` for every study that has something to compare."""
+    runs = [run_of(result, str(file)) for file, result in load(source).items()]
+    studies = [study_of(name) for name in STUDIES]
+    return [
+        file
+        for scale in sorted({run.settings["scale"]["name"] for run in runs})
+        for study in studies
+        if has_scale(study, scale)
+        if (file := save(cells_of(study, scale, runs), folder))
+    ]
+
+
+def save(cells: Cells, folder: Path) -> Path | None:
+    """Write the figure of one study; None if no cell can be compared."""
+    if not any(comparison.by_seed for comparison in cells.comparisons.values()):
+        return None
+    figure = forest(cells)
+    path = folder / f"{cells.name}.png"
+    write_atomically(path, lambda stream: figure.savefig(stream, dpi=120, format="png"))
+    plt.close(figure)
+    return path
+
+
+def forest(cells: Cells) -> Figure:
+    """A row for each cell that shares a seed with the baseline."""
+    study = cells.study
+    rows = {cell: found for cell, found in cells.comparisons.items() if found.by_seed}
+    figure, axes = plt.subplots(figsize=(8, 1.9 + 0.3 * len(rows)), layout="constrained")
+    axes.set_xlim(*limits(rows.values()))
+    axes.axvline(0, color="0.5", linewidth=1)
+    for height, comparison in enumerate(rows.values()):
+        _draw_row(axes, height, comparison, cells.lower_is_better)
+    axes.set_yticks(range(len(rows)), [" | ".join(study.cells[cell].row) for cell in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0, pad=10)
+    good = "lower" if cells.lower_is_better else "higher"
+    axes.set_xlabel(
+        f"{cells.main_column}, difference to {' | '.join(study.cells[study.baseline].row)} "
+        f"({good} is better)"
+    )
+    axes.annotate(
+        " | ".join(study.row), (0, 1), (-10, 6), "axes fraction", "offset points", ha="right",
+        fontweight="bold",
+    )  # fmt: skip
+    figure.suptitle(f"{study.title}, {cells.scale} scale", fontsize=10, x=0.01, ha="left")
+    _draw_legend(figure)
+    return figure
+
+
+def limits(rows: Iterable[Comparison]) -> tuple[float, float]:
+    """Of the axis: all seeds, 0, and the intervals of three seeds or more.
+
+    Student's t of two seeds has an interval of 12.7 standard errors to either side.
+    """
+    shown = [0.0]
+    for row in rows:
+        shown += row.by_seed.values()
+        if row.difference and row.difference.pairs > 2:
+            mean, half = row.difference.mean, row.difference.half_width
+            shown += [mean - half, mean + half]
+    margin = 0.06 * (max(shown) - min(shown)) or 1.0
+    return min(shown) - margin, max(shown) + margin
+
+
+def _draw_row(axes: Axes, height: int, comparison: Comparison, lower_is_better: bool) -> None:
+    found, color = comparison.difference, OPEN
+    beside = blended_transform_factory(axes.transAxes, axes.transData)
+    if found:
+        if comparison.star:
+            color = BETTER if (found.mean < 0) == lower_is_better else WORSE
+        axes.errorbar(
+            found.mean, height, xerr=found.half_width, color=color, marker="D", markersize=6,
+            markerfacecolor=color if comparison.star else "white", capsize=3, zorder=3,
+        )  # fmt: skip
+        low, high = axes.get_xlim()
+        beyond = (found.mean - found.half_width < low, found.mean + found.half_width > high)
+        for end, marker in enumerate("<>"):
+            if beyond[end]:
+                axes.plot(end, height, marker, color=color, transform=beside, clip_on=False)
+    seeds = list(comparison.by_seed.values())
+    below = [height + 0.24 if found else height] * len(seeds)
+    axes.plot(seeds, below, "o", color=color, alpha=0.6, markersize=4, markeredgewidth=0)
+    text = f"n = {len(seeds)}{' *' if comparison.star else ''}"
+    axes.text(1.02, height, text, transform=beside, va="center", fontsize=9)
+
+
+def _draw_legend(figure: Figure) -> None:
+    kinds = {
+        "better (*)": {"color": BETTER, "marker": "D", "linestyle": "-"},
+        "worse (*)": {"color": WORSE, "marker": "D", "linestyle": "-"},
+        "undecided": {"color": OPEN, "marker": "D", "linestyle": "-", "markerfacecolor": "white"},
+        "one seed": {"color": OPEN, "marker": "o", "linestyle": "", "markersize": 4, "alpha": 0.6},
+    }
+    handles = [Line2D([], [], label=label, **style) for label, style in kinds.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
