@@ -18,6 +18,7 @@ from multimax.training.studies import Study, read_study
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NORMALIZERS = ("attention", "output")
+SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
 STUDIES = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))
 
 
@@ -83,6 +84,12 @@ def study_of(name: str, *overrides: str) -> Study:
     """
     look_up("study", dict.fromkeys(STUDIES), name)
     return read_study(_composed(f"study={name}", *overrides).study)
+
+
+def has_scale(study: Study, scale: str) -> bool:
+    """Whether the task of a study has a recipe at a scale."""
+    task = config_of(*study.settings(study.baseline)).task.name
+    return (CONFIGS / "recipe" / task / f"{scale}.yaml").exists()
 
 
 def select(settings: dict[str, Any], runs: Iterable[Run]) -> Selection:

@@ -22,13 +22,12 @@ from pathlib import Path
 from experiments.comparison import ALPHA, Cells, cells_of
 from experiments.rendering import FILES, Table, replace_in_readme
 from experiments.results import load
-from experiments.selection import CONFIGS, STUDIES, Run, Selection, config_of, run_of, study_of
+from experiments.selection import SCALES, STUDIES, Run, Selection, has_scale, run_of, study_of
 from experiments.statistics import Difference, holm, mean_and_deviation
 from multimax.files import write_atomically
 from multimax.registry import look_up
 from multimax.training.studies import Claim, Study
 
-SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
 TABLES = [name for name in STUDIES if name.startswith("table")]
 RUN_LOG = "author's run log (one run), not the paper"
 
@@ -143,12 +142,6 @@ def _are_cells(selection: Selection, study: Study) -> bool:
     return set(selection.left_out) <= own
 
 
-def has_scale(study: Study, scale: str) -> bool:
-    """Whether the task of a study has a recipe at a scale."""
-    task = config_of(*study.settings(study.baseline)).task.name
-    return (CONFIGS / "recipe" / task / f"{scale}.yaml").exists()
-
-
 def main() -> None:
     """Write the tables that the command line names."""
     arguments = _arguments()
@@ -163,7 +156,8 @@ def main() -> None:
             if not has_scale(study, arguments.scale):
                 without_runs.append(f"{name}: its task has no scale {arguments.scale}")
                 continue
-            table = build(study, arguments.scale, runs, overrides)
+            cells = cells_of(study, arguments.scale, runs, overrides)
+            table = table_of(cells)
             print(*table.notes, sep="\n", end="\n" if table.notes else "")
             if not table.runs:
                 without_runs.append(
@@ -173,9 +167,10 @@ def main() -> None:
                 continue
             write(table, arguments.readme)
             if arguments.wandb:
+                from experiments.figures.tables import drawn_for
                 from experiments.wandb_tables import log_table
 
-                print(log_table(table, study))
+                print(log_table(table, study, drawn_for(cells)))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(*without_runs, sep="\n", end="\n" if without_runs else "", file=sys.stderr)

@@ -3,6 +3,7 @@
 `results/runs/` stays the truth: what Weights & Biases has is a mirror of it.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ from multimax.training.config import hashed_settings, read_config
 from multimax.training.loggers import PROJECT, wandb_mode
 from multimax.training.studies import Study
 
-FIGURES = Path("results/figures")
 OUTPUTS = Path("outputs")  # where Weights & Biases keeps its own files
 
 
-def log_table(table: Table, study: Study, wandb: Any = None) -> str:
+def log_table(table: Table, study: Study, figures: Iterable[Path] = (), wandb: Any = None) -> str:
     """Log a table and the figures of its study as a run of the job type "table".
 
     Args:
         table: the finished table.
         study: its name is the group of the run, as of the runs of its cells.
+        figures: PNG files, which are logged as "figures/<name>".
         wandb: the package, or what stands for it.
 
     Returns:
@@ -48,8 +49,8 @@ def log_table(table: Table, study: Study, wandb: Any = None) -> str:
         raise ValueError(f"Weights & Biases: {error}; offline: WANDB_MODE=offline") from error
     rows = [[row[column] for column in table.columns] for row in table.rows]
     content: dict[str, Any] = {table.name: wandb.Table(columns=table.columns, data=rows)}
-    for file in sorted(FIGURES.glob(f"{table.name}*.png")):
-        content[file.stem] = wandb.Image(str(file))
+    for file in figures:
+        content[f"figures/{file.stem}"] = wandb.Image(str(file))
     run.log(content)
     run.summary["remarks"] = table.remarks
     run.finish()

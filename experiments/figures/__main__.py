@@ -1,7 +1,7 @@
 """The figures of results/figures/.
 
-    python -m experiments.figures                      # all of them
-    python -m experiments.figures tables
+python -m experiments.figures                      # all of them
+python -m experiments.figures tables
 """
 
 import argparse

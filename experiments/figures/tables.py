@@ -14,10 +14,10 @@ from matplotlib.transforms import blended_transform_factory
 
 from experiments.comparison import Cells, Comparison, cells_of
 from experiments.results import RUNS, load
-from experiments.selection import STUDIES, run_of, study_of
-from experiments.tables import has_scale
+from experiments.selection import STUDIES, has_scale, run_of, study_of
 from multimax.files import write_atomically
 
+FOLDER = Path("results/figures")
 BETTER, WORSE, OPEN = "#0072b2", "#d55e00", "0.35"  # told apart by the colour-blind too
 CAPTION = (
     "What each row of the table gains or loses next to its baseline: mean difference over the "
@@ -28,7 +28,7 @@ CAPTION = (
 )
 
 
-def draw(folder: Path = Path("results/figures"), source: Path = RUNS) -> list[Path]:
+def draw(folder: Path = FOLDER, source: Path = RUNS) -> list[Path]:
     """Write `<study>_<scale>.png` for every study that has something to compare."""
     runs = [run_of(result, str(file)) for file, result in load(source).items()]
     studies = [study_of(name) for name in STUDIES]
@@ -50,6 +50,12 @@ def save(cells: Cells, folder: Path) -> Path | None:
     write_atomically(path, lambda stream: figure.savefig(stream, dpi=120, format="png"))
     plt.close(figure)
     return path
+
+
+def drawn_for(cells: Cells, folder: Path = FOLDER) -> list[Path]:
+    """The figures that belong to a study: this one, drawn anew, and what its name begins."""
+    own = save(cells, folder)
+    return [*([own] if own else []), *sorted(folder.glob(f"{cells.name}_*.png"))]
 
 
 def forest(cells: Cells) -> Figure:
