@@ -37,7 +37,7 @@ def log_table(table: Table, study: Study, figures: Iterable[Path] = (), wandb: A
     try:
         run = wandb.init(
             project=PROJECT,
-            dir=OUTPUTS,
+            dir=OUTPUTS.resolve(),  # its own process can have another working folder
             mode=wandb_mode("auto", wandb),
             group=study.name,
             job_type="table",

@@ -62,7 +62,7 @@ def forest(cells: Cells) -> Figure:
     """A row for each cell that shares a seed with the baseline."""
     study = cells.study
     rows = {cell: found for cell, found in cells.comparisons.items() if found.by_seed}
-    figure, axes = plt.subplots(figsize=(8, 1.9 + 0.3 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 1.9 + 0.3 * len(rows)), layout="constrained")
     axes.set_xlim(*limits(rows.values()))
     axes.axvline(0, color="0.5", linewidth=1)
     for height, comparison in enumerate(rows.values()):

@@ -112,11 +112,14 @@ def _panel(
     label: str, of: Mapping[int, Result], metric: str, limits: Mapping[str, Limits], mean: Points
 ) -> Panel:
     # Text as text, and ids from a fixed salt: the same curves are the same bytes.
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "multimax", "font.size": 8}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "multimax", "font.size": 8,
+                  "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"]}  # fmt: skip
     with plt.rc_context(style):
         figure, (above, below) = plt.subplots(
-            2, 1, figsize=(3.1, 2.9), sharex=True, layout="constrained"
+            2, 1, figsize=(3.1, 2.4), sharex=True, height_ratios=(3, 2)
         )
+        # The same for all panels, so that their axes stand in line.
+        figure.subplots_adjust(left=0.17, right=0.98, bottom=0.16, top=0.97, hspace=0.15)
         if mean:
             above.plot(*zip(*mean, strict=True), color="0.55", linewidth=3, alpha=0.6)
         for seed, result in sorted(of.items()):
@@ -129,6 +132,7 @@ def _panel(
         for axes in (above, below):
             axes.grid(alpha=0.3, linewidth=0.5)
             axes.spines[["top", "right"]].set_visible(False)
+        figure.align_ylabels()
         stream = io.StringIO()
         facts = {"Date": None, "Creator": None}
         figure.savefig(stream, format="svg", transparent=True, metadata=facts)
@@ -138,8 +142,8 @@ def _panel(
 
 
 def _shortened(picture: str) -> str:
-    """An SVG with two digits after the decimal point and without indentation: half the bytes."""
-    rounded = re.sub(r"(\d\.\d\d)\d+", r"\1", picture)
+    """An SVG with one digit after the decimal point and without indentation: half the bytes."""
+    rounded = re.sub(r"(\d\.\d)\d+", r"\1", picture)
     return re.sub(r"\s*\n\s*", "\n", rounded)
 
 

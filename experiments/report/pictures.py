@@ -1,10 +1,12 @@
 """The figures that were drawn, each with its caption and the command that makes it."""
 
 import ast
+import io
 import itertools
-import struct
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 from experiments.figures.__main__ import FIGURES
 from experiments.report.curves import data_uri
@@ -14,7 +16,7 @@ FOLDER = Path("results/figures")
 MODULES = Path(__file__).parents[1] / "figures"
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STUDY_NAMES = tuple(f"{name}_" for name in STUDIES)
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
+COLORS = 256
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def pictures(folder: Path = FOLDER) -> list[Picture]:
     """All PNG files of a folder, in the order of their names; none if there is no folder.
 
     Raises:
-        ValueError: a file is not a picture.
+        ValueError: a file cannot be read.
     """
     return [_picture(file) for file in sorted(folder.glob("*.png"))]
 
@@ -65,12 +67,19 @@ def maker_of(name: str) -> str | None:
 
 
 def _picture(file: Path) -> Picture:
-    content = file.read_bytes()
-    if not content.startswith(SIGNATURE):
-        raise ValueError(f"{file} is not a PNG picture: delete it and draw it again")
-    width, height = struct.unpack(">II", content[16:24])
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert("RGBA")
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error}): delete it and draw it again") from error
+    white = Image.new("RGBA", image.size, "white")
+    flat = Image.alpha_composite(white, image).convert("RGB")
+    stream = io.BytesIO()  # a palette is enough for a figure, and a third of the bytes
+    flat.quantize(COLORS, dither=Image.Dither.NONE).save(stream, "PNG", optimize=True)
     caption, command = described(file.stem)
-    return Picture(file.stem, data_uri(content, "image/png"), width, height, caption, command)
+    return Picture(
+        file.stem, data_uri(stream.getvalue(), "image/png"), *image.size, caption, command
+    )
 
 
 def described(name: str) -> tuple[str, str]:

@@ -30,6 +30,19 @@ def records(file: Path):
             parts = []
 
 
+def media(file: Path):
+    """The files that `run.log` was given, such as tables and images, by name."""
+    content = {}
+    for record in records(file):
+        if record.WhichOneof("record_type") == "history":
+            _update(content, record.history.item)
+    return {
+        name.removesuffix("/path"): file.parent / "files" / path
+        for name, path in content.items()
+        if name.endswith("/path")
+    }
+
+
 class OfflineApi:
     """`wandb.Api` of runs that are still on disk."""
 

@@ -1,15 +1,17 @@
 """Tables to and from Weights & Biases, without its servers."""
 
 import json
+import sys
 
 import pytest
-from offline_wandb import OfflineApi
+from offline_wandb import OfflineApi, media
+from PIL import Image
 from test_tables import composed, result, store
 
 from experiments import wandb_tables
 from experiments.results import load
 from experiments.selection import run_of, study_of
-from experiments.tables import build
+from experiments.tables import build, main
 from multimax.training.loggers import WandbLogger
 from multimax.training.result import flat_summary
 
@@ -52,17 +54,37 @@ def test_the_table_of_offline_runs_is_that_of_the_files(offline):
 
 
 @pytest.mark.slow
-def test_a_table_is_logged(offline, monkeypatch):
+def test_a_table_is_logged_with_its_own_figures(offline, monkeypatch, capsys):
+    """By the command: the table, the figure of its differences as of now, and no other figure."""
+    entries = [result("deit_softmax", seed, 80.0 + seed) for seed in (0, 1)]
+    entries += [result("deit_multimax", seed, 81.0 + 2 * seed) for seed in (0, 1)]
+    (offline / "results").mkdir()
+    store(offline / "results" / "runs", entries)
+    figures = offline / "results" / "figures"
+    figures.mkdir()
+    for number, name in enumerate(("table1_small", "normalizers", "table2_small_more")):
+        Image.new("RGB", (4 + number, 3)).save(figures / f"{name}.png")
+    (figures / "table2_small.png").write_bytes(b"stale")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(offline)
-    study = study_of("table2")
-    table = build(study, "small", [run_of(result(seed=seed)) for seed in (0, 1)])
-    said = wandb_tables.log_table(table, study)
-    assert said.startswith("table2_small: ")
-    (written,) = offline.rglob("*.table.json")
-    content = json.loads(written.read_text())
+    monkeypatch.setattr(sys, "argv", ["tables", "table2", "--wandb"])
+    main()
+    assert "table2_small: " in capsys.readouterr().out
+    runs = [run_of(entry) for entry in entries]
+    table = build(study_of("table2"), "small", runs)
+    (file,) = offline.glob("outputs/wandb/offline-run-*/run-*.wandb")
+    found = media(file)
+    assert set(found) == {"table2_small", "figures/table2_small", "figures/table2_small_more"}
+    content = json.loads(found["table2_small"].read_text())
     assert content["columns"] == table.columns
     assert content["data"] == [list(row.values()) for row in table.rows]
+    for name in ("table2_small", "table2_small_more"):
+        drawn = (figures / f"{name}.png").read_bytes()
+        assert drawn.startswith(b"\x89PNG")
+        assert found[f"figures/{name}"].read_bytes() == drawn
+    (run,) = OfflineApi(file).runs(None, {"state": "finished"})
+    assert (run.group, run.tags) == ("table2", ["table2", "table"])
+    assert run.summary["remarks"] == table.remarks
 
 
 def test_a_project_that_cannot_be_read_is_named():
