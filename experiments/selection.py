@@ -39,6 +39,11 @@ def _composed(*overrides: str) -> Any:
         raise ValueError(str(error).partition("\n")[0]) from error
 
 
+def settings_of(*overrides: str) -> dict[str, Any]:
+    """The settings of `config_of`, without those of no consequence and the seed."""
+    return hashed_settings(config_of(*overrides))
+
+
 @dataclass(frozen=True)
 class Run:
     """A recorded run, as tables need it.

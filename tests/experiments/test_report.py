@@ -181,6 +181,33 @@ def test_a_panel_has_a_line_for_each_seed_in_both_axes():
     assert "training loss" in picture
 
 
+def heights(panel):
+    """Where the labels of the two vertical axes stand, by their text."""
+    found = re.findall(r'text-anchor: end" x="[\d.]+" y="([\d.]+)"[^>]*>([\d.]+)<', svg(panel))
+    return {text: float(y) for y, text in found}
+
+
+def test_panels_can_be_compared():
+    """Axes of a metric have the same limits; so have losses, if the output normalizer is one."""
+    groups = {
+        "SoftMax": {0: with_curve(result(), [70, 80])},
+        "attention": {0: with_curve(result("deit_topk"), [60, 90], loss=2.4)},
+        "both": {0: with_curve(result("deit_multimax"), [75, 85], loss=8.0)},
+    }
+    base, attention, both = curves.panels(groups, ["test/top1"], groups["SoftMax"])
+    assert heights(base) == heights(attention)
+    assert {"60", "80", "2"} <= set(heights(base))
+    metric = {text: y for text, y in heights(base).items() if float(text) > 20}
+    losses = {text: y for text, y in heights(both).items() if text not in metric}
+    assert heights(both) == {**metric, **losses}
+    assert list(losses) == ["4", "6", "8"]
+    grey = [svg(panel).count("stroke: #8c8c8c") for panel in (base, attention, both)]
+    assert grey == [1, 1, 1]
+    (alone,) = curves.panels({"a": groups["both"]}, ["test/top1"])
+    assert "stroke: #8c8c8c" not in svg(alone)
+    assert heights(alone) != heights(both)
+
+
 def test_the_curve_of_a_metric():
     entry = {"curve": [
         {"update": 1, "train/loss": 2.0}, {"update": 2, "valid/top1": None},
