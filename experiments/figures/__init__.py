@@ -1,1 +1,1 @@
-"""Figures, drawn from recorded results."""
+"""Figures, drawn from what `results/` holds: `python -m experiments.figures [NAME ...]`."""
