@@ -1,0 +1,1 @@
+"""Figures, drawn from what `results/` holds: `python -m experiments.figures [NAME ...]`."""
