@@ -6,12 +6,16 @@ python -m experiments.figures scores pareto
 
 import argparse
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
+from experiments.figures import maps, pareto, scores
 from multimax.registry import look_up
 
-FIGURES = ("scores", "maps", "pareto")
+FIGURES: dict[str, Callable[[Path], list[Path]]] = {
+    "scores": scores.draw,
+    "maps": maps.draw,
+    "pareto": pareto.draw,
+}
 FOLDER = Path("results/figures")
 
 
@@ -22,9 +26,8 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", help=f"{', '.join(FIGURES)}; all if none is named")
     try:
-        for name in parser.parse_args().names or FIGURES:
-            look_up("figure", dict.fromkeys(FIGURES), name)
-            draw: Callable[[Path], list[Path]] = import_module(f"experiments.figures.{name}").draw
+        chosen = [look_up("figure", FIGURES, name) for name in parser.parse_args().names]
+        for draw in chosen or FIGURES.values():
             print(*draw(FOLDER), sep="\n", flush=True)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -61,11 +61,10 @@ def _draw_task(task: str, pair: Pair[Scores], folder: Path) -> list[Path]:
         above.tick_params(labelbottom=True)
     figure.supxlabel("attention probability (the first bar has all that is smaller, too)")
     figure.supylabel("share of all probabilities, %")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
     if unused:
-        unused[0].legend(handles, labels, fontsize=11, loc="center")
+        unused[0].legend(*grid[0, 0].get_legend_handles_labels(), fontsize=11, loc="center")
     else:
-        figure.legend(handles, labels, fontsize=11, loc="outside upper right", ncols=2)
+        grid[0, 0].legend(fontsize=10, loc="center left", frameon=False)
     figure.suptitle(
         f"{TITLES[task]}: SoftMax and {CELL_TITLES[pair.cell]}, seed {pair.seed}, "
         f"{pair.softmax.split_examples:,} {pair.softmax.split} examples",
