@@ -8,13 +8,14 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.figures import maps, pareto, scores
+from experiments.figures import maps, pareto, propositions, scores
 from multimax.registry import look_up
 
 FIGURES: dict[str, Callable[[Path], list[Path]]] = {
     "scores": scores.draw,
     "maps": maps.draw,
     "pareto": pareto.draw,
+    "propositions": propositions.draw,
 }
 FOLDER = Path("results/figures")
 
