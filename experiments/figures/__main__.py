@@ -1,17 +1,24 @@
-"""The figures of results/figures/.
+"""Draw the figures of `results/figures/`.
 
-python -m experiments.figures                      # all of them
-python -m experiments.figures tables
+python -m experiments.figures                # all of them
+python -m experiments.figures scores pareto
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.figures import tables
+from experiments.figures import maps, pareto, propositions, scores, tables
 from multimax.registry import look_up
 
-FIGURES: dict[str, Callable[[Path], list[Path]]] = {"tables": tables.draw}
+FIGURES: dict[str, Callable[[Path], list[Path]]] = {
+    "scores": scores.draw,
+    "maps": maps.draw,
+    "pareto": pareto.draw,
+    "propositions": propositions.draw,
+    "tables": tables.draw,
+}
+FOLDER = Path("results/figures")
 
 
 def main() -> None:
@@ -21,8 +28,9 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", help=f"{', '.join(FIGURES)}; all if none is named")
     try:
-        for name in parser.parse_args().names or FIGURES:
-            print(*look_up("figure", FIGURES, name)(Path("results/figures")), sep="\n")
+        chosen = [look_up("figure", FIGURES, name) for name in parser.parse_args().names]
+        for draw in chosen or FIGURES.values():
+            print(*draw(FOLDER), sep="\n", flush=True)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
