@@ -170,10 +170,10 @@ class MultiMax(ModulatedSoftMax):
         return self.order <= c_rows.MOST_ORDER
 
     def coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        scale, shift = (
-            (self.scale, self.shift) if self.affine else self.ts.new_tensor([[1.0], [0.0]])
-        )
-        return torch.cat([scale, shift * self.score_scale, *self._modulator()]).to(device, dtype)
+        scale, shift = self.ts.new_tensor([[1.0], [0.0]])
+        if self.affine:
+            scale, shift = self.scale, self.shift * self.score_scale
+        return torch.cat([scale, shift, *self._modulator()]).to(device, dtype)
 
     def modulate(self, scores: Tensor) -> Tensor:
         return modulate(self._transform(scores), *self._modulator())

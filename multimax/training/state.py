@@ -74,7 +74,7 @@ class RunState:
         decay = options.ema_decay
         self.ema: ModelEmaV3 | None = None
         if decay is not None:
-            # A state dict, unlike parameters(), has a tied tensor twice, and would average it twice.
+            # A state dict has a tied tensor twice: it would be averaged twice, parameters are once.
             self.ema = ModelEmaV3(task.model, decay=decay, exclude_buffers=True)
         if options.compile:
             task.model.compile()
