@@ -128,7 +128,7 @@ def test_no_setting_takes_a_value_of_another_kind(experiment):
     [
         ("trainer.clip_nrom", 1, "there is no setting trainer.clip_nrom; did you mean trainer.cli"),
         ("decoding", {"beam": 2}, "there is no setting decoding; there are: name, seed"),
-        ("attention.k", 3, "there is no setting attention.k; there are: name, order"),
+        ("attention.k", 3, "there is no setting attention.k; there are: name, shared"),
         (
             "attention",
             None,

@@ -65,7 +65,7 @@ REFUSED = [
     (SOFTMAX, "+attention.before_scale=true", "there is no setting attention.before_scale; there"),
     (IMAGES, "+output.before_scale=true", "there is no setting output.before_scale; there are: n"),
     (IMAGES, "+output.shared=true", "there is no setting output.shared; there are: name, order,"),
-    (IMAGES, "+attention.score_scale=2", "there is no setting attention.score_scale; there are: n"),
+    (IMAGES, "+attention.score_scale=2", "there is no setting attention.score_scale; did you mean"),
     (
         PAIRS,
         "model.cross_attention={name: multimax, shared: true}",
