@@ -63,6 +63,8 @@ def draw(folder: Path) -> Path:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     _draw_modulators(left, layers)
+    if result["config"]["attention"].get("before_scale"):
+        left.set_xlabel("score x; in attention, before it is scaled")
     _draw_training(right, lines)
     figure.suptitle(_title(result))
     path = folder / "learned.png"

@@ -28,7 +28,7 @@ from multimax.files import write_atomically
 from multimax.registry import look_up
 from multimax.training.studies import Claim, Study
 
-TABLES = [name for name in STUDIES if name.startswith("table")]
+TABLES = STUDIES
 RUN_LOG = "author's run log (one run), not the paper"
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs of a table that are missing, then the table; table1.sh to table4.sh call it.
+# The runs of a table that are missing, then the table; table1.sh and its like call it.
 #   scripts/table.sh TABLE [SETTINGS...]      settings of train.py, for all runs
 #   GPUS=8 scripts/table.sh TABLE ...         each run on 8 GPUs of this machine, with torchrun
 set -euo pipefail

@@ -41,6 +41,7 @@ CASES |= {
     "multimax-1": ("multimax", {"order": 1}),
     "multimax-3": ("multimax", {"order": 3}),
     "multimax-affine": ("multimax", {"affine": True}),
+    "multimax-before-scale": ("multimax", {"affine": True, "score_scale": 0.4}),
 }
 
 

@@ -14,7 +14,9 @@ ATTENTIONS, OUTPUTS, EXPERIMENTS = (
 )
 # The settings that are not the same in configs/attention and configs/output, and why.
 DIFFERENT = {
-    "entmax": {"heads"},  # an output layer has none
+    "entmax": {"heads", "shared"},  # an output layer has no heads, and there is one of it
+    "temperature": {"shared"},
+    "multimax": {"before_scale", "shared"},  # the scores of an output layer are not scaled
     "topk": {"k"},  # of the keys, whose number depends on the scale; of the classes
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from multimax.models.adaptive import AdaptiveInput, AdaptiveOutput
 from multimax.models.output import Output, word_embedding
+from multimax.models.sharing import share_scalars, take_shared
 from multimax.models.transformer_stacks import (
     Cache,
     Decoder,
@@ -40,7 +41,7 @@ class LanguageModel(nn.Module):
         depth: number of layers.
         num_heads: number of heads.
         attention: name and options of the attention normalizer, `{"name": "multimax"}`; each
-            layer has its own.
+            layer has its own scalars, with "shared": True all have the same.
         output: name and options of the output normalizer.
         pre_norm: normalize before each part of a layer, not after it.
         final_norm: with `pre_norm`, normalize the features.
@@ -89,6 +90,7 @@ class LanguageModel(nn.Module):
         check_heads(embed_dim, num_heads)
         check_vocabulary(vocabulary_size, padding_index)
         self.padding_index = padding_index
+        normalizer, shared = take_shared(attention)
         if adaptive_cutoffs is None:
             embed_tokens = word_embedding(vocabulary_size, embed_dim, padding_index)
         else:
@@ -109,7 +111,7 @@ class LanguageModel(nn.Module):
                 ffn_dim=ffn_dim,
                 self_attention=dict(
                     num_heads=num_heads,
-                    normalizer=attention,
+                    normalizer=normalizer,
                     dropout=attention_dropout,
                     official_mismatch=official_mismatch,
                 ),
@@ -119,6 +121,8 @@ class LanguageModel(nn.Module):
                 activation_dropout=activation_dropout,
             ),
         )
+        if shared:
+            share_scalars(self, (layer.self_attn for layer in self.decoder.layers))
 
     @property
     def output(self) -> Output | AdaptiveOutput:
@@ -159,7 +163,8 @@ class TranslationModel(nn.Module):
         embed_dim, ffn_dim, num_heads: as in `LanguageModel`, for encoder and decoder.
         encoder_depth: number of layers of the encoder.
         decoder_depth: number of layers of the decoder.
-        attention: name and options of the attention normalizer; each layer has its own.
+        attention: name and options of the attention normalizer; each layer has its own scalars,
+            with "shared": True all have the same, but for those that the next three name.
         encoder_attention: normalizer of self-attention in the encoder, a name, or name and options;
             None is `attention`.
         decoder_attention: likewise, of self-attention in the decoder.
@@ -214,12 +219,13 @@ class TranslationModel(nn.Module):
                 )
             cross_attention = {"name": "softmax"}
         self.padding_index = padding_index
+        normalizer, shared = take_shared(attention)
 
         def attend(own: str | Mapping[str, Any] | None, official_mismatch: bool = False) -> dict:
             named = {"name": own} if isinstance(own, str) else own
             return dict(
                 num_heads=num_heads,
-                normalizer=named or attention,
+                normalizer=named or normalizer,
                 dropout=attention_dropout,
                 official_mismatch=official_mismatch,
             )
@@ -253,6 +259,14 @@ class TranslationModel(nn.Module):
                 cross_attention=attend(cross_attention),
             ),
         )
+        if shared:
+            encoder, decoder = self.encoder.layers, self.decoder.layers
+            layers = [
+                *(layer.self_attn for layer in encoder if encoder_attention is None),
+                *(layer.self_attn for layer in decoder if decoder_attention is None),
+                *(layer.encoder_attn for layer in decoder if cross_attention is None),
+            ]
+            share_scalars(self, layers)
 
     @property
     def output(self) -> Output | AdaptiveOutput:

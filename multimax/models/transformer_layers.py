@@ -104,7 +104,9 @@ class MultiheadAttention(nn.Module):
             nn.init.xavier_uniform_(projection.weight, gain=1 / math.sqrt(2))
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
-        self.normalizer: Normalizer = build_for_attention(normalizer, num_heads)
+        self.normalizer: Normalizer = build_for_attention(
+            normalizer, num_heads, embed_dim // num_heads
+        )
         self.official_mismatch = official_mismatch
 
     def _heads(self, x: Tensor) -> Tensor:

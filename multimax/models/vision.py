@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from multimax.attention import attention
 from multimax.functional import function_transforms_active
 from multimax.models.official_names import rename_official_keys
+from multimax.models.sharing import share_scalars, take_shared
 from multimax.normalizers import Normalizer, build_for_attention, build_preserving_rng
 from multimax.options import Count, Depth, Rate, Width, checked
 
@@ -48,7 +49,7 @@ class NormalizedAttention(Attention):
                 f"use embed_dim={math.ceil(dim / num_heads) * num_heads} or another num_heads"
             )
         super().__init__(dim, num_heads, **options)
-        normalizer = build_for_attention(self.normalizer_options, num_heads)
+        normalizer = build_for_attention(self.normalizer_options, num_heads, self.head_dim)
         self.normalizer = normalizer.to(options.get("device"), options.get("dtype"))
 
     def forward(
@@ -125,7 +126,7 @@ def normalized_attention(name: str, **options: Any) -> type[NormalizedAttention]
 
     Args:
         name: one of `registered_normalizers()`.
-        options: arguments of the normalizer.
+        options: arguments of the normalizer, and those of `build_for_attention`.
     """
     return _bind({"name": name, **options})
 
@@ -183,7 +184,8 @@ def build_vision_transformer(
 
     Args:
         architecture: a vision transformer of timm with plain blocks.
-        attention: name and options of the attention normalizer, `{"name": "multimax"}`.
+        attention: name and options of the attention normalizer, `{"name": "multimax"}`; each layer
+            has its own scalars, with "shared": True all have the same.
         output: name and options of the output normalizer.
         num_classes: >= 1.
         image_size: height and width in pixels, a multiple of the patch size.
@@ -220,9 +222,10 @@ def build_vision_transformer(
             "norm='pool_then_norm' needs class_token=False: with a class token nothing is pooled; "
             "use norm='norm_then_pool'"
         )
+    normalizer, shared = take_shared(attention)
     model = timm.create_model(
         architecture,
-        attn_layer=normalized_attention(**attention),
+        attn_layer=normalized_attention(**normalizer),
         num_classes=num_classes,
         img_size=image_size,
         in_chans=in_channels,
@@ -242,6 +245,8 @@ def build_vision_transformer(
     model.output = build_preserving_rng(output)
     model.set_grad_checkpointing(gradient_checkpointing)
     model.register_load_state_dict_pre_hook(rename_official_keys)
+    if shared:
+        share_scalars(model, (block.attn for block in model.blocks))
     return model
 
 

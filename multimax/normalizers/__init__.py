@@ -83,13 +83,25 @@ def build_preserving_rng(options: Mapping[str, Any]) -> Normalizer:
         return build_normalizer(**options)
 
 
-def build_for_attention(options: Mapping[str, Any], num_heads: int) -> Normalizer:
-    """`build_preserving_rng` for attention with `num_heads` heads.
+def build_for_attention(options: Mapping[str, Any], num_heads: int, head_dim: int) -> Normalizer:
+    """`build_preserving_rng` for attention with `num_heads` heads of `head_dim`.
+
+    Args:
+        options: also "before_scale": let MultiMax modulate the dot products of query and key before
+            they are scaled by 1 / sqrt(head_dim).
+        num_heads: heads of the query.
+        head_dim: of query and key.
 
     Raises:
-        ValueError: as there, or the normalizer has scalars for another number of heads.
+        ValueError: as there, the normalizer has scalars for another number of heads, or
+            "before_scale" is for one that has no modulator.
     """
-    normalizer = build_preserving_rng(options)
+    own = {name: value for name, value in options.items() if name != "before_scale"}
+    if options.get("before_scale"):
+        if own.get("name") != "multimax":
+            raise ValueError(f"before_scale is for multimax, not for {own.get('name')}")
+        own["score_scale"] = head_dim**-0.5
+    normalizer = build_preserving_rng(own)
     heads = getattr(normalizer, "heads", None)
     if heads not in (None, 1, num_heads):
         raise ValueError(

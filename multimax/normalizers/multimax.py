@@ -1,5 +1,7 @@
 """MultiMax: SoftMax of scores with a learned piece-wise modulation."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -68,18 +70,31 @@ class MultiMax(ModulatedSoftMax):
             "identity" starts `ts` at 0, which is plain SoftMax: use it inside a pretrained model.
         affine: also learn a scale and a shift of the scores, sigma(scale x + shift), as the first-
             order variant "V2" of the official code does.
+        score_scale: a factor c that the scores come with and that acts after the modulation
+            instead, c sigma(x / c): 1 / sqrt(head_dim) modulates the dot products of attention
+            before they are scaled. The kernels compute it too.
 
     Raises:
-        ValueError: `order` is not a positive integer or `init` is unknown.
+        ValueError: `order` is not a positive integer, `init` is unknown, or `score_scale` is not a
+            positive number.
     """
 
-    def __init__(self, order: int = 2, init: str = "paper", affine: bool = False) -> None:
+    def __init__(
+        self,
+        order: int = 2,
+        init: str = "paper",
+        affine: bool = False,
+        score_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         if not isinstance(order, int) or not 1 <= order <= HIGHEST_ORDER:
             raise ValueError(f"order must be an integer in [1, {HIGHEST_ORDER}], got {order!r}")
         if init not in ("paper", "identity"):
             raise ValueError(f"init must be 'paper' or 'identity', got {init!r}")
+        if not 0 < score_scale < math.inf:
+            raise ValueError(f"score_scale must be a positive number, got {score_scale!r}")
         self.init = init
+        self.score_scale = score_scale
         self.ts: nn.Parameter = nn.Parameter(torch.empty(2 * order))
         self.ranges: nn.Parameter = nn.Parameter(torch.empty(2 * order))
         self.affine = affine
@@ -115,12 +130,12 @@ class MultiMax(ModulatedSoftMax):
 
     @property
     def b(self) -> Tensor:
-        """(N,), upper ends of the low range by order, in units of the scores."""
+        """(N,), upper ends of the low range by order, in units of what sigma is applied to."""
         return self.ranges[0::2]
 
     @property
     def d(self) -> Tensor:
-        """(N,), lower ends of the high range by order, in units of the scores."""
+        """(N,), lower ends of the high range by order, in units of what sigma is applied to."""
         return self.ranges[1::2]
 
     def _transform(self, scores: Tensor) -> Tensor:
@@ -130,7 +145,7 @@ class MultiMax(ModulatedSoftMax):
         hidden = hidden_entries(x, None)
         # Of no dimension, as the scores may be.
         scale, shift = self.scale.squeeze(0).to(x.dtype), self.shift.squeeze(0).to(x.dtype)
-        z = affine(x, scale, shift, hidden)
+        z = affine(x, scale, shift * self.score_scale, hidden)
         return z.masked_fill(hidden, -torch.inf)
 
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
@@ -141,23 +156,33 @@ class MultiMax(ModulatedSoftMax):
         p = super().forward(x.masked_fill(x <= MASK_FLOOR, -torch.inf), dim, mask)
         return p.to(scores.dtype)
 
+    def _modulator(self) -> tuple[Tensor, Tensor]:
+        """`ts` and `ranges` in units of the scores as they come."""
+        if self.score_scale == 1:
+            return self.ts, self.ranges
+        # c sigma(x / c) = x + sum_n c^(1 - n) [ts_n max(c b_n - x, 0)^n + ...]
+        pairs = to_compute_precision(self.ts).split(2)
+        ts = [pair * self.score_scale**-n for n, pair in enumerate(pairs)]
+        return torch.cat(ts), to_compute_precision(self.ranges) * self.score_scale
+
     @property
     def fusible(self) -> bool:
         return self.order <= c_rows.MOST_ORDER
 
     def coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        scale, shift = (
-            (self.scale, self.shift) if self.affine else self.ts.new_tensor([[1.0], [0.0]])
-        )
-        return torch.cat([scale, shift, self.ts, self.ranges]).to(device, dtype)
+        scale, shift = self.ts.new_tensor([[1.0], [0.0]])
+        if self.affine:
+            scale, shift = self.scale, self.shift * self.score_scale
+        return torch.cat([scale, shift, *self._modulator()]).to(device, dtype)
 
     def modulate(self, scores: Tensor) -> Tensor:
-        return modulate(self._transform(scores), self.ts, self.ranges)
+        return modulate(self._transform(scores), *self._modulator())
 
     def derivative(self, scores: Tensor) -> Tensor:
         """d sigma / d score, in fp32 or wider; negative where the order of scores flips."""
-        slope = modulate_derivative(self._transform(scores), self.ts, self.ranges)
+        slope = modulate_derivative(self._transform(scores), *self._modulator())
         return slope * self.scale.to(slope.dtype) if self.affine else slope
 
     def extra_repr(self) -> str:
-        return f"order={self.order}, init={self.init!r}" + (", affine=True" if self.affine else "")
+        shown = f"order={self.order}, init={self.init!r}" + (", affine=True" if self.affine else "")
+        return shown if self.score_scale == 1 else f"{shown}, score_scale={self.score_scale:.4g}"

@@ -124,7 +124,7 @@ def load_weights(
         model.load_state_dict(state["model"])
         if ema is not None:
             ema.load_state_dict(state["ema"])
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{path} does not fit the configured model: {error}. Use the configuration that it "
             "was trained with, or start afresh with resume=never"
@@ -161,15 +161,16 @@ def load_initial_weights(model: nn.Module, path: Path, fingerprint: str) -> str:
     content = load_checkpoint(path)
     if "fingerprint" in content:
         _check_vocabulary(content, fingerprint, path)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    scalars = {names[id(parameter)] for parameter in normalizer_parameters(model)}
+    ids = {id(parameter) for parameter in normalizer_parameters(model)}
+    named = model.named_parameters(remove_duplicate=False)  # layers may share scalars
+    scalars = {name for name, parameter in named if id(parameter) in ids}
     found = content["model"] if isinstance(content.get("model"), dict) else content
     found = {str(name).removeprefix("module."): tensor for name, tensor in found.items()}
     if not all(isinstance(tensor, torch.Tensor) for tensor in found.values()):
         raise ValueError(f"weights={path} holds no weights, neither at its top nor under 'model'")
     try:
         missing, unexpected = model.load_state_dict(found, strict=False)
-    except RuntimeError as error:  # of another shape
+    except (RuntimeError, ValueError) as error:  # of another shape, or tied here alone
         raise ValueError(f"weights={path} does not fit the configured model: {error}") from error
     lacking = [name for name in missing if name not in scalars]
     if lacking or unexpected:
@@ -259,8 +260,8 @@ def restore_optimizer(
         optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"the optimizer of {path} does not fit ({error}): set optimizer.filter_bias_and_bn and "
-            f"the model as they were, or {AFRESH.format(path=path)}"
+            f"the optimizer of {path} does not fit ({error}): set optimizer.filter_bias_and_bn, "
+            f"optimizer.decay_scalars and the model as they were, or {AFRESH.format(path=path)}"
         ) from error
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update(settings)

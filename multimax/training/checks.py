@@ -1,13 +1,14 @@
 """Checks of settings that need each other, or what a library knows, before data is loaded."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from multimax.normalizers import build_preserving_rng
+from multimax.models.sharing import check_shareable, take_shared
+from multimax.normalizers import Normalizer, build_for_attention, build_preserving_rng
 from multimax.options import as_typed
 from multimax.training.optimization import build_optimizer
 
@@ -15,8 +16,8 @@ from multimax.training.optimization import build_optimizer
 def check_settings(config: Any) -> None:
     """Raise ValueError for settings that do not go with each other; the message names one."""
     _check_heads(config)
-    for section in ("attention", "output"):
-        _check_normalizer(section, getattr(config, section).given())
+    _check_normalizer("attention", config.attention.given(), _build_shared_attention)
+    _check_normalizer("output", config.output.given(), build_preserving_rng)
     _check_attention_of_model(config)
     _check_length(config)
     _check_rates(config)
@@ -33,9 +34,23 @@ class _StandIn(nn.Module):
         self.bias = nn.Parameter(torch.zeros(2))
 
 
-def _check_normalizer(place: str, options: Mapping[str, Any]) -> None:
+def _build_attention(options: Mapping[str, Any]) -> Normalizer:
+    return build_for_attention(options, num_heads=options.get("heads") or 1, head_dim=1)
+
+
+def _build_shared_attention(options: Mapping[str, Any]) -> Normalizer:
+    own, shared = take_shared(options)
+    normalizer = _build_attention(own)
+    if shared:
+        check_shareable(normalizer)
+    return normalizer
+
+
+def _check_normalizer(
+    place: str, options: Mapping[str, Any], build: Callable[[Mapping[str, Any]], Normalizer]
+) -> None:
     try:
-        build_preserving_rng(options)
+        build(options)
     except (ValueError, TypeError) as error:
         named = re.match(r"\w+", str(error))
         dot = "." if named and named[0] in options else ": "  # before the option that is to blame
@@ -64,7 +79,7 @@ def _check_attention_of_model(config: Any) -> None:
             raise ValueError(
                 f"{place}={as_typed(options)} must have a name, as in {{name: topk, k: 8}}"
             )
-        _check_normalizer(place, options)
+        _check_normalizer(place, options, _build_attention)
 
 
 def _check_heads(config: Any) -> None:

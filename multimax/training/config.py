@@ -40,6 +40,9 @@ NOT_IN_HASH_NESTED: dict[str, tuple[str, ...]] = {
     "trainer": ("log_every",),
     "data": ("root", "num_workers", "cache"),
 }
+# Newer settings, with what was there before them: that is not in the hash, as in older folders.
+NEWER: dict[str, dict[str, Any]] = {"attention": {"shared": False, "before_scale": False}}
+NOT_SET = ("score_scale",)  # of a normalizer: attention sets it, see `build_for_attention`
 
 FolderName = Annotated[str, Field(pattern=r"^\w[\w.+-]*$")]
 NAME = Field(description="which one; its own settings stand beside it")
@@ -110,6 +113,11 @@ class OptimizerSection(Section):
     momentum: Rate | None = Field(None, description="of SGD and its like")
     filter_bias_and_bn: bool = Field(
         True, description="false: weight decay on parameters of one dimension too"
+    )
+    decay_scalars: bool | None = Field(
+        None,
+        description="weight decay on the normalizers' learned scalars; null: as on other "
+        "parameters of one dimension",
     )
 
 
@@ -211,15 +219,26 @@ def config_class(
 ) -> type[Config]:
     """The class of the configurations of a task with these normalizers, data set and model."""
     name: Any = str, NAME
+    attention_class = NORMALIZERS[attention]
     sections: dict[str, Any] = {
-        "attention": section_of(NORMALIZERS[attention], name=name),
-        "output": section_of(NORMALIZERS[output], name=name),
+        "attention": section_of(attention_class, NOT_SET, name=name, **_of_layers(attention)),
+        "output": section_of(NORMALIZERS[output], NOT_SET, name=name),
         "data": section_of(task.data_sets[data], name=name),
         "model": section_of(task.models[model], task.model_arguments, name=name),
         **task.sections,
     }
     fields: dict[str, Any] = {key: (section, ...) for key, section in sections.items()}
     return create_model("Config", __base__=Config, **fields)
+
+
+def _of_layers(normalizer: str) -> dict[str, Any]:
+    """Settings of the attention layers, beside those of their normalizer."""
+    settings = {"shared": "true: all attention layers have one set of learned scalars"}
+    if normalizer == "multimax":
+        settings["before_scale"] = (
+            "true: modulate the dot products, before they are scaled by 1 / sqrt(head_dim)"
+        )
+    return {name: (bool, Field(False, description=text)) for name, text in settings.items()}
 
 
 def _resolved(content: Any) -> dict[str, Any]:
@@ -306,4 +325,7 @@ def hashed_settings(config: Config) -> dict[str, Any]:
     content = config.model_dump(exclude_none=True, exclude=set(NOT_IN_HASH))
     for section, keys in NOT_IN_HASH_NESTED.items():
         content[section] = {k: v for k, v in content[section].items() if k not in keys}
+    for section, before in NEWER.items():
+        items = content[section].items()
+        content[section] = {k: v for k, v in items if k not in before or v != before[k]}
     return content

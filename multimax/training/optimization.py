@@ -25,12 +25,13 @@ def build_optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
         key: tuple(value) if key == "betas" else value for key, value in given.items()
     }
     del options["name"]
+    decay_scalars = options.pop("decay_scalars", None)
     if "adahessian" in config.name.lower():
         raise ValueError(
             f"optimizer.name={config.name!r} needs second derivatives, which training does not keep"
         )
     try:
-        return create_optimizer_v2(model, opt=config.name, **options)
+        optimizer = create_optimizer_v2(model, opt=config.name, **options)
     except Exception as error:  # each optimizer of timm has its own
         close = difflib.get_close_matches(config.name, list_optimizers(), n=1)
         suggestion = f", did you mean {close[0]}?" if close and close[0] != config.name else ""
@@ -40,6 +41,21 @@ def build_optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
             f"optimizer.name={config.name!r} cannot be built with these options ({reason})"
             f"{suggestion}: try {betas}or another name of timm.optim.list_optimizers()"
         ) from error
+    if decay_scalars is not None:
+        _regroup_scalars(optimizer, model, config.weight_decay if decay_scalars else 0.0)
+    return optimizer
+
+
+def _regroup_scalars(
+    optimizer: torch.optim.Optimizer, model: nn.Module, weight_decay: float
+) -> None:
+    """Move the scalars of the normalizers into a group with a weight decay of its own."""
+    scalars = normalizer_parameters(model)
+    ids = {id(parameter) for parameter in scalars}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in ids]
+    if scalars:
+        optimizer.add_param_group({"params": scalars, "weight_decay": weight_decay})
 
 
 class LearningRate:
@@ -93,9 +109,9 @@ class LearningRate:
 
 
 def normalizer_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The scalars of all normalizers below `model`."""
+    """The scalars of all normalizers below `model`, also those that layers share once."""
     modules = (module for module in model.modules() if isinstance(module, Normalizer))
-    return [parameter for module in modules for parameter in module.parameters()]
+    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
 
 
 class GradientClipping:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from multimax.normalizers import Normalizer
+from multimax.training.optimization import normalizer_parameters
 
 SCHEMA = 2
 PACKAGES = ("multimax", "torch", "torchvision", "timm", "accelerate", "hydra-core", "numpy")
@@ -81,12 +81,12 @@ def _git(*command: str) -> str | None:
 
 
 def learned_scalars(model: nn.Module) -> dict[str, list[float]]:
-    """The trained values of every normalizer, by parameter name."""
+    """The trained values of every normalizer, by parameter name; of shared ones the first name."""
+    ids = {id(parameter) for parameter in normalizer_parameters(model)}
     return {
-        f"{name}.{parameter_name}".lstrip("."): parameter.detach().float().flatten().tolist()
-        for name, module in model.named_modules()
-        if isinstance(module, Normalizer)
-        for parameter_name, parameter in module.named_parameters()
+        name: parameter.detach().float().flatten().tolist()
+        for name, parameter in model.named_parameters()
+        if id(parameter) in ids
     }
 
 

@@ -72,7 +72,10 @@ class RunState:
 
         task.model.to(accelerator.device)
         decay = options.ema_decay
-        self.ema: ModelEmaV3 | None = None if decay is None else ModelEmaV3(task.model, decay=decay)
+        self.ema: ModelEmaV3 | None = None
+        if decay is not None:
+            # A state dict has a tied tensor twice: it would be averaged twice, parameters are once.
+            self.ema = ModelEmaV3(task.model, decay=decay, exclude_buffers=True)
         if options.compile:
             task.model.compile()
         optimizer = build_optimizer(task.model, config.optimizer)

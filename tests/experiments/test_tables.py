@@ -212,7 +212,7 @@ def test_the_committed_tables_are_those_of_the_committed_runs():
 def test_the_command_names_what_there_is(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables", "table9"])
     with pytest.raises(
-        SystemExit, match="unknown table 'table9'; known: table1, table2, table3, table4"
+        SystemExit, match="unknown table 'table9'; known: ablation, table1, table2, table3, table4"
     ):
         main()
 

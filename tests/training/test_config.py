@@ -1,4 +1,5 @@
 import functools
+import json
 import math
 import warnings
 
@@ -127,7 +128,7 @@ def test_no_setting_takes_a_value_of_another_kind(experiment):
     [
         ("trainer.clip_nrom", 1, "there is no setting trainer.clip_nrom; did you mean trainer.cli"),
         ("decoding", {"beam": 2}, "there is no setting decoding; there are: name, seed"),
-        ("attention.k", 3, "there is no setting attention.k; there are: name, order"),
+        ("attention.k", 3, "there is no setting attention.k; there are: name, shared"),
         (
             "attention",
             None,
@@ -300,6 +301,20 @@ def test_hash_covers_every_setting_that_changes_numbers(experiment, scale):
             assert (config_hash(changed) == before) == (field in SAME_NUMBERS), field
 
 
+def test_newer_settings_leave_older_folders_alone(compose_tiny):
+    files = list((ROOT / "results" / "runs").rglob("*.json"))
+    assert files
+    for file in files:
+        result = json.loads(file.read_text())
+        assert config_hash(read_config(result["config"])) == result["config_hash"]
+        assert result["config_hash"] in file.name
+    before = config_hash(read_config(compose_tiny()))
+    for setting in ("attention.shared", "attention.before_scale", "+optimizer.decay_scalars"):
+        assert config_hash(read_config(compose_tiny(f"{setting}=true"))) != before
+    for setting in ("attention.shared=false", "+optimizer.decay_scalars=null"):
+        assert config_hash(read_config(compose_tiny(setting))) == before
+
+
 def test_folder_tells_scale_experiment_normalizers_and_seed(compose_tiny, tmp_path):
     def folder_of(*overrides):
         return run_folder(read_config(compose_tiny(*overrides)))
@@ -328,6 +343,10 @@ def explain():
         (["trainer.epoch=3"], ["'trainer.epoch'", "did you mean: trainer.epochs", "batch_size"]),
         (["sed=1"], ["'sed'", "did you mean: seed", "output_dir"]),
         (["attention=multimax", "attention.k=3"], ["'attention.k'", "attention.order"]),
+        (
+            ["output=multimax", "output.before_scale=true"],
+            ["'output.before_scale'", "output.order"],
+        ),
         (["attention.temprature=0.5,1"], ["did you mean: attention.temperature"]),
         (["sed=0,1,2"], ["did you mean: seed"]),
         (["attention=multimx"], ["attention/multimx", "Available options", "multimax", "topk"]),

@@ -23,13 +23,16 @@ from multimax.files import load_checkpoint
 pytestmark = pytest.mark.slow
 
 # No dropout and no augmentation, so that the parts of a batch are what one process sees whole; an
-# odd split, which two processes cannot halve; and an accumulation, for which DDP must wait.
+# odd split, which two processes cannot halve; an accumulation, for which DDP must wait; and scalars
+# that two layers share.
 OPTIONS = (
     "trainer.updates=60",
     "trainer.evaluate_every=20",
     "trainer.accumulation=2",
     "trainer.ema_decay=0.9",
     "data.valid_size=999",
+    "model.depth=2",
+    "attention.shared=true",
 )
 
 

@@ -50,6 +50,7 @@ def test_settings_of_the_optimizer_are_those_of_the_run(tmp_path, stopped, monke
     [
         ("optimizer.name=sgd", r"optimizer\.name=sgd, but .*last\.pt was trained with adamw"),
         ("++optimizer.filter_bias_and_bn=false", r"set optimizer\.filter_bias_and_bn"),
+        ("++optimizer.decay_scalars=true", r"set optimizer\.filter_bias_and_bn, optimizer\.decay_"),
         ("trainer.batch_size=500", r"an epoch has 8 updates in .* and 4 here: .*batch_size"),
         ("trainer.batch_size=125", r"an epoch has 8 updates in .* and 16 here: .*batch_size"),
     ],

@@ -16,6 +16,7 @@ from multimax.files import load_checkpoint
 from multimax.tasks import data_fingerprint
 from multimax.training.config import config_hash, read_config
 
+NAMES = ("ts", "ranges")
 # The weights stay as they are.
 STILL = ("optimizer.lr=1e-20", "schedule.warmup_lr=0", "schedule.min_lr=0")
 
@@ -184,6 +185,26 @@ def test_softmax_goes_on_with_multimax(tmp_path):
     multimax = only(tmp_path / "two", "last.pt")
     with pytest.raises(ValueError, match=r"weights=.* 4 are not known here .*use the model and"):
         run_quietly(tiny_config(tmp_path / "four", f"weights={multimax}", *softmax))
+
+
+def test_layers_that_share_their_scalars_begin_with_weights(tmp_path):
+    """Of SoftMax, of layers that share too, but not of layers with scalars of their own."""
+    shared = "model.depth=2", "attention.shared=true"
+    run_quietly(tiny_config(tmp_path / "softmax", "model.depth=2", "attention=softmax"))
+    weights = only(tmp_path / "softmax", "last.pt")
+    result = run_quietly(tiny_config(tmp_path / "one", *shared, f"weights={weights}"))
+    assert result["origin"] == f"weights of {weights}; 4 normalizer scalars as configured"
+    names = list(result["learned_scalars"])
+    assert names == [f"{m}.{n}" for m in ("blocks.0.attn.normalizer", "output") for n in NAMES]
+    assert {"blocks.0.attn.normalizer", "blocks.1.attn.normalizer"} < set(result["normalizers"])
+    weights = only(tmp_path / "one", "last.pt")
+    run_quietly(tiny_config(tmp_path / "two", *shared, *STILL, f"weights={weights}"))
+    assert_same(state(tmp_path / "two")["model"], load_checkpoint(weights)["model"])
+    apart = run_quietly(tiny_config(tmp_path / "three", "model.depth=2", f"weights={weights}"))
+    assert apart["parameters"] == result["parameters"] + 8
+    weights = only(tmp_path / "three", "last.pt")
+    with pytest.raises(ValueError, match=r"weights=.* other scalars in blocks\.1\.attn\."):
+        run_quietly(tiny_config(tmp_path / "four", *shared, f"weights={weights}"))
 
 
 def test_official_and_converted_checkpoints_begin_a_run(tmp_path):

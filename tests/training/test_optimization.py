@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 from tiny import ROOT, schedule
 from torch import nn
 
-from multimax import MultiMax
+from multimax import MultiMax, SoftMax
 from multimax.models.vision import build_vision_transformer
 from multimax.options import validate
 from multimax.training.config import OptimizerSection, read_config
@@ -45,6 +45,58 @@ def test_deit_rule_of_weight_decay(attention):
     }  # fmt: skip
     assert {"pos_embed", "cls_token", "norm.weight", "head.bias"} < set(got)
     assert got == {name: 0.05 if name in matrices else 0.0 for name in got}
+
+
+def optimizer_of(model, **options):
+    given = {"name": "adamw", "lr": 0.125, "weight_decay": 0.25} | options
+    return build_optimizer(model, validate(OptimizerSection, given))
+
+
+def decays(model, **options):
+    """The weight decay of each parameter, which must be in one group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = optimizer_of(model, **options).param_groups
+    found = [(names[id(p)], group["weight_decay"]) for group in groups for p in group["params"]]
+    assert sorted(name for name, _ in found) == sorted(names.values())
+    return dict(found)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lookahead_adamw"])
+@pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize("decay_scalars", [None, True, False])
+def test_scalars_can_have_a_weight_decay_of_their_own(name, every, decay_scalars):
+    model = nn.Sequential(nn.Linear(3, 4), MultiMax(affine=True), SoftMax(learned=True))
+    got = decays(model, name=name, filter_bias_and_bn=not every, decay_scalars=decay_scalars)
+    scalars = {"1.ts", "1.ranges", "1.scale", "1.shift", "2.log_temperature"}
+    wanted = every if decay_scalars is None else decay_scalars
+    expected = {"0.weight": 0.25, "0.bias": 0.25 * every} | dict.fromkeys(scalars, 0.25 * wanted)
+    assert got == expected
+
+
+@pytest.mark.parametrize("decay_scalars", [True, False])
+def test_a_decayed_scalar_moves_by_its_share(decay_scalars):
+    """Without a gradient, AdamW takes lr x weight_decay of a value, 1 / 32, and nothing else."""
+    model = nn.Sequential(nn.Linear(3, 4), MultiMax()).double()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer_of(model, decay_scalars=decay_scalars).step()
+    left = {"0.weight": 31 / 32, "0.bias": 1, "1.ts": 31 / 32, "1.ranges": 31 / 32}
+    for name, parameter in model.named_parameters():
+        share = left[name] if decay_scalars or "1" not in name else 1
+        assert torch.equal(parameter, before[name] * share), name
+
+
+def test_a_group_of_scalars_has_the_other_settings_and_follows_the_schedule():
+    model = nn.Sequential(nn.Linear(3, 4), MultiMax())
+    optimizer = optimizer_of(model, betas=[0.5, 0.75], eps=1e-3, decay_scalars=True)
+    options = {"name": "cosine", "warmup": 2, "warmup_lr": 0, "min_lr": 0, "per_epoch": False}
+    LearningRate(optimizer, schedule(options), 10, 1).set(1)
+    assert len(optimizer.param_groups) == 3
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (0.125 / 2, (0.5, 0.75), 1e-3)
+    without = optimizer_of(nn.Linear(3, 4), decay_scalars=True)
+    assert len(without.param_groups) == 2
 
 
 def test_optimizer_gets_its_options():
@@ -123,6 +175,22 @@ def test_normalizer_parameters_are_the_scalars_of_all_normalizers():
     scalars = {id(parameter) for parameter in normalizer_parameters(model)}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in scalars}
     assert names == {"1.ts", "1.ranges", "3.ts", "3.ranges", "3.scale", "3.shift"}
+
+
+def test_shared_scalars_count_once():
+    """In the norm of the gradients, in what is clipped, and in the groups of the optimizer."""
+    model = nn.Sequential(nn.Linear(3, 4), MultiMax(), MultiMax())
+    for name, parameter in model[1].named_parameters():
+        setattr(model[2], name, parameter)
+    assert [id(p) for p in normalizer_parameters(model)] == [id(p) for p in model[1].parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    clipping = GradientClipping(model, 1.0)
+    _, norm = clipping.norms()
+    assert norm.item() == pytest.approx(3 * math.sqrt(8))
+    clipping.clip([torch.tensor(1.0), norm])
+    assert model[1].ts.grad.tolist() == pytest.approx([1 / math.sqrt(8)] * 4, rel=1e-5)
+    assert decays(model, decay_scalars=True)["1.ts"] == 0.25
 
 
 @pytest.mark.parametrize("max_norm", [1.0, 100.0])

@@ -53,6 +53,14 @@ CASES = {
         "schedule.per_epoch=true",
         "trainer.clip_norm=0.1",
     ),
+    "ablation": (
+        "model.depth=3",
+        "attention.shared=true",
+        "attention.before_scale=true",
+        "attention.order=3",
+        "+optimizer.decay_scalars=true",
+        "trainer.ema_decay=0.9",
+    ),
     "updates": ("trainer.epochs=null", "trainer.updates=11", "trainer.evaluate_every=3"),
 }
 

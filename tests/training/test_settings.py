@@ -61,6 +61,21 @@ REFUSED = [
     (SOFTMAX, "attention.temperature=1e-40", "attention.temperature must be in [1e-30, 1e+30], g"),
     (SOFTMAX, "attention.temperature=-1", "attention.temperature must be a finite number > 0, g"),
     (ENTMAX, "attention.heads=3", "attention.heads=3 is not model.num_heads=4: use atten"),
+    (SOFTMAX, "+attention.shared=true", "attention.shared needs learned scalars, of which SoftMax"),
+    (SOFTMAX, "+attention.before_scale=true", "there is no setting attention.before_scale; there"),
+    (IMAGES, "+output.before_scale=true", "there is no setting output.before_scale; there are: n"),
+    (IMAGES, "+output.shared=true", "there is no setting output.shared; there are: name, order,"),
+    (IMAGES, "+attention.score_scale=2", "there is no setting attention.score_scale; did you mean"),
+    (
+        PAIRS,
+        "model.cross_attention={name: multimax, shared: true}",
+        "model.cross_attention: normalizer 'multimax' has no option shared; it has: order, init, ",
+    ),
+    (
+        PAIRS,
+        "model.cross_attention={name: topk, k: 8, before_scale: true}",
+        "model.cross_attention.before_scale is for multimax, not for topk",
+    ),
     (["output=entmax", *TEXT], "+output.heads=4", "output.heads=4: an output layer has no heads"),
     (PAIRS, "model.cross_attention=topp", "model.cross_attention: unknown normalizer 'topp'"),
     (PAIRS, "model.cross_attention={k: 3}", "model.cross_attention={k: 3} must have a name, as in"),
@@ -112,6 +127,10 @@ def test_remedies():
         [*ENTMAX, "attention.heads=4"],
         [*TEXT, "schedule.min_lr=0", "schedule.warmup_lr=0", "optimizer.lr=1e-9"],
         [*PAIRS, "model.cross_attention=topk"],
+        [*PAIRS, "model.cross_attention={name: multimax, before_scale: true}"],
+        [*SOFTMAX, "attention=temperature", "attention.shared=true"],
+        [*ENTMAX, "attention.heads=4", "attention.shared=true"],
+        [*IMAGES, "attention.shared=true", "attention.before_scale=true"],
     ],
 )
 def test_taken(overrides):

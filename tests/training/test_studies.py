@@ -13,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from tiny import ROOT
 
+from experiments.selection import differences
 from multimax.training.config import hashed_settings, read_config
 from multimax.training.studies import read_study
 
@@ -88,12 +89,31 @@ def test_each_cell_is_another_configuration_of_one_recipe(name):
     }
     texts = Counter(json.dumps(content, sort_keys=True) for content in settings.values())
     assert set(texts.values()) == {1}
+    for content in settings.values():  # the scalars' own decay is no part of the recipe
+        content["optimizer"].pop("decay_scalars", None)
     recipes = [
         {key: content[key] for key in ("task", "data", "trainer", "optimizer", "schedule", "loss")}
         for content in settings.values()
     ]
     assert all(recipe == recipes[0] for recipe in recipes)
     assert len({tuple(cell.row) for cell in of.cells.values()}) == len(of.cells)
+
+
+def test_the_ablation_changes_one_thing_and_shares_runs_with_table_2():
+    def settings(name):
+        of = study(name)
+        return {c: hashed_settings(read_config(composed(*of.settings(c)))) for c in of.cells}
+
+    ablation, table2 = settings("ablation"), settings("table2")
+    base = ablation.pop("multimax2-both")
+    assert base == table2["multimax2-both"]
+    assert ablation["multimax1-both"] == table2["multimax1-both"]
+    both = {"order": ["attention.order", "output.order"], "init": ["attention.init", "output.init"]}
+    assert {cell: sorted(differences(content, base)) for cell, content in ablation.items()} == {
+        "multimax1-both": both["order"], "multimax3-both": both["order"], "identity": both["init"],
+        "decay": ["optimizer.decay_scalars"], "before-scale": ["attention.before_scale"],
+        "shared": ["attention.shared"],
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -14,7 +14,9 @@ from tiny import (
     state,
     tiny_config,
 )
+from torch import nn
 
+from multimax import MultiMax
 from multimax.files import load_checkpoint
 from multimax.tasks import build_task
 from multimax.training.config import read_config
@@ -70,6 +72,21 @@ def test_average_of_the_weights(tmp_path):
     loss = trainer.task.evaluate(averaged, "valid", lambda total: total)["loss"]
     assert trainer.evaluate("valid")["ema_loss"] == pytest.approx(loss, rel=1e-6)
     assert trainer.evaluate("valid")["loss"] != pytest.approx(loss, rel=1e-6)
+
+
+def test_a_tied_tensor_is_averaged_once(tmp_path):
+    task = Regression((4,) * 3)
+    first, scalars, last = task.model
+    task.model = nn.Sequential(first, scalars, nn.Linear(4, 4), MultiMax(), last).double()
+    task.model[3].ts = scalars.ts
+    trainer = build_trainer(tmp_path, task, "trainer.ema_decay=0.7")
+    expected = scalars.ts.detach().clone()
+    for update in range(1, 5):
+        trainer.fit(stop_after=update)
+        expected = 0.7 * expected + 0.3 * scalars.ts.detach()
+    assert (expected - scalars.ts).abs().max() > 1e-4
+    for place in (1, 3):
+        torch.testing.assert_close(trainer.ema.module[place].ts.detach(), expected)
 
 
 def test_loss_falls_and_each_update_is_logged(tmp_path):
