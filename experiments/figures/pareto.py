@@ -158,7 +158,7 @@ def _draw_learned(axes: Axes, learned: dict[str, Any]) -> None:
 
 def _lines(found: list[dict[str, Any]]) -> list[str]:
     """The comparisons as text."""
-    lines = ["M of MultiMax minus that of a curve at the same S, in each layer (95 %)"]
+    lines = ["M minus that of a curve at the same S, by layer (95 %)"]
     for row in found:
         if row["difference_by_layer"]:
             value, low, high = row["difference_by_layer"].values()
