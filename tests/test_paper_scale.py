@@ -50,7 +50,14 @@ def paper_values():
             "name": "cosine", "warmup": 5, "warmup_lr": 1e-6, "min_lr": 1e-5, "per_epoch": True,
         },
         "loss": {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "mixup_switch_prob": 0.5},
-        "attention": {"name": "multimax", "order": 2, "init": "paper", "affine": False},
+        "attention": {
+            "name": "multimax",
+            "order": 2,
+            "init": "paper",
+            "affine": False,
+            "before_scale": False,
+            "shared": False,
+        },
         "output": {"name": "multimax", "order": 2, "init": "paper", "affine": False},
         "seed": 0,
     }  # fmt: skip
