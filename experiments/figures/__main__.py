@@ -8,11 +8,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.figures import maps, normalizers, pareto, propositions, scores, tables
+from experiments.figures import maps, normalizers, pareto, propositions, scores, simplex, tables
 from multimax.registry import look_up
 
 FIGURES: dict[str, Callable[[Path], list[Path]]] = {
     "normalizers": normalizers.draw,
+    "simplex": simplex.draw,
     "scores": scores.draw,
     "maps": maps.draw,
     "pareto": pareto.draw,
