@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from scipy import stats
 
-from experiments import modulators, normalizers
+from experiments import modulators
 from experiments.rendering import FILES, in_readme
 from experiments.results import collect, load, upgrade
 from experiments.selection import CONFIGS, run_of, study_of
@@ -275,13 +275,11 @@ def test_collect_copies_finished_results_but_not_those_set_aside(tmp_path):
 
 
 @pytest.mark.slow
-def test_figures_are_drawn(tmp_path):
+def test_what_a_run_learned_is_drawn(tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(result("deit_multimax")))
     lines = [{"update": 1, "train/loss": 2.0}, {"update": 2, "valid/loss": 1.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert modulators.draw(tmp_path).read_bytes().startswith(b"\x89PNG")
-    normalizers.draw(tmp_path / "normalizers.png")
-    assert (tmp_path / "normalizers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_without_multimax_has_no_modulators_to_draw(tmp_path):

@@ -1,7 +1,4 @@
-"""Draw what each normalizer makes of the same scores.
-
-python -m experiments.normalizers                      # results/figures/normalizers.png
-"""
+"""What each normalizer makes of the same ten scores."""
 
 from pathlib import Path
 
@@ -12,6 +9,7 @@ from torch import Tensor
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments.figures.saving import save
 from multimax import entmax15, evsoftmax, multimax, softmax, sparsemax, topk
 
 # Three relevant entries side by side and seven irrelevant ones.
@@ -39,8 +37,8 @@ def spread(relevant: Tensor) -> float:
     return float(relevant[0] - relevant[2])
 
 
-def draw(path: Path) -> None:
-    """Write the picture as PNG."""
+def draw(folder: Path) -> list[Path]:
+    """Write `normalizers.png`."""
     drawn = columns()
     figure, axes = plt.subplots(2, 4, figsize=(11, 4.6), sharex=True, sharey=True)
     for axis, (title, probabilities) in zip(axes.flat, drawn.items(), strict=True):
@@ -57,12 +55,4 @@ def draw(path: Path) -> None:
     figure.supylabel("probability")
     figure.supxlabel("entries, by score: three relevant (coloured), seven irrelevant (grey)")
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-if __name__ == "__main__":
-    target = Path("results/figures/normalizers.png")
-    draw(target)
-    print(target)
+    return save(figure, folder, "normalizers", [".png"])
