@@ -6,6 +6,7 @@ python -m experiments.modulators outputs/small/lm_multimax/RUN
 
 import argparse
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +86,24 @@ def modulators(scalars: dict[str, list[float]]) -> dict[str, tuple[torch.Tensor,
     }
 
 
+def is_output(name: str) -> bool:
+    """Whether a layer of `modulators` is the output layer."""
+    return bool({"output", "output_projection"} & set(name.split(".")))
+
+
+def colors_of(names: Collection[str]) -> dict[str, Any]:
+    """A color for each layer: by depth in the attention, red for the output layer."""
+    attention = [name for name in names if not is_output(name)]
+    shades = plt.get_cmap("viridis")(torch.linspace(0, 0.85, len(attention)).numpy())
+    return {name: "tab:red" for name in names} | dict(zip(attention, shades, strict=True))
+
+
 def _draw_modulators(axes: Axes, layers: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     scores = torch.linspace(-4, 4, 401)
     axes.plot(scores, scores, color="0.6", linestyle="--", label="SoftMax (identity)")
-    colors = plt.get_cmap("viridis")(torch.linspace(0, 0.85, max(len(layers) - 1, 1)).numpy())
-    for index, (name, (ts, ranges)) in enumerate(layers.items()):
-        color = "tab:red" if "output" in name.split(".") else colors[min(index, len(colors) - 1)]
-        axes.plot(scores, modulate(scores, ts, ranges), color=color, label=name)
+    colors = colors_of(layers)
+    for name, (ts, ranges) in layers.items():
+        axes.plot(scores, modulate(scores, ts, ranges), color=colors[name], label=name)
     axes.set(xlabel="score x", ylabel="modulated score", title="learned modulators")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

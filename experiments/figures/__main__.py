@@ -8,7 +8,16 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from experiments.figures import maps, normalizers, pareto, propositions, scores, simplex, tables
+from experiments.figures import (
+    maps,
+    normalizers,
+    pareto,
+    propositions,
+    responses,
+    scores,
+    simplex,
+    tables,
+)
 from multimax.registry import look_up
 
 FIGURES: dict[str, Callable[[Path], list[Path]]] = {
@@ -17,6 +26,7 @@ FIGURES: dict[str, Callable[[Path], list[Path]]] = {
     "scores": scores.draw,
     "maps": maps.draw,
     "pareto": pareto.draw,
+    "responses": responses.draw,
     "propositions": propositions.draw,
     "tables": tables.draw,
 }
