@@ -113,8 +113,7 @@ class LanguageModeling(Task):
             features, targets = model(batch.inputs)[counts], batch.targets[counts]
             loss = output.loss(features, targets, reduction="sum")
             nll = smoothed_negative_log_likelihood(output, features, targets) if sparse else loss
-            count = torch.tensor(len(targets))
-            totals += torch.stack([value.double().cpu() for value in (loss, nll, count)])
+            totals += torch.stack([loss, nll, loss.new_tensor(len(targets))]).cpu()
         loss, nll, count = reduce(totals.to(self.device)).tolist()
         check_counted(split, count, self.splits[split], self.unit)
         words, size = self.data.words[split], self.data.bytes[split]

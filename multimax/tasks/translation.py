@@ -172,8 +172,7 @@ class Translation(Task):
         loss = model.output.loss(features, target, reduction="sum")
         sparse = model.output.sparse
         nll = smoothed_negative_log_likelihood(model.output, features, target) if sparse else loss
-        count = loss.new_tensor(batch.tokens)
-        return torch.stack([value.double() for value in (loss, nll, count)])
+        return torch.stack([loss, nll, loss.new_tensor(batch.tokens)])
 
     def _search(self, model: TranslationModel, split: str, batch: PairBatch) -> list[list[int]]:
         """The best translation of each sentence, which ends with the end of sentence."""

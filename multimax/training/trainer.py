@@ -136,8 +136,7 @@ class Trainer(RunState):
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
-        alone = self.accelerator.num_processes == 1
-        return tensor if alone else cast(Tensor, self.accelerator.reduce(tensor))
+        return cast(Tensor, self.accelerator.reduce(tensor))
 
     def _report(self, metrics: dict[str, float], elapsed: float) -> None:
         rate = metrics.pop("train/units") / elapsed
@@ -153,7 +152,7 @@ class Trainer(RunState):
         options, position = self.config.trainer, self.position
         units, odd = divmod(position.update, self.updates_per_unit)
         done = position.update == self.total_updates
-        stop = self._stop_requested() and not done
+        stop = self._stop_requested()
         position.due = done or (not odd and units % options.evaluate_every == 0)
         if position.due or stop:
             self.save()  # before an evaluation, which can last longer than a cluster waits

@@ -7,8 +7,10 @@ import pytest
 import torch
 from rich.console import Console
 from tiny_language_model import ROOT, TEXT, build
+from torch import nn
 
 from multimax.losses import output_loss
+from multimax.models.output import Output
 from multimax.tasks import language_modeling
 from multimax.training.run import run
 
@@ -124,6 +126,18 @@ def test_sparse_outputs_have_no_perplexity_but_a_smoothed_one(composed, output):
     assert metrics["smoothed_word_perplexity"] == pytest.approx(math.exp(nll / words), rel=1e-4)
     assert torch.equal(loss, own)
     assert math.isfinite(metrics["loss"])
+
+
+def test_the_smoothed_likelihood_of_each_target():
+    """Of a target that has no probability too, in float64."""
+    output = Output(nn.Parameter(2 * torch.randn(7, 4)), {"name": "sparsemax"}, padding_index=0)
+    features, targets = torch.randn(20, 4), torch.arange(20) % 7
+    p = output.probabilities(features).double()[range(20), targets]
+    assert (p == 0).any()
+    assert (p > 0).any()
+    expected = -sum(math.log(0.99 * value + 0.01 / 7) for value in p.tolist())
+    found = language_modeling.smoothed_negative_log_likelihood(output, features, targets)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

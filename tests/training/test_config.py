@@ -181,6 +181,9 @@ def test_every_option_has_a_type_and_a_sentence():
                 for option, field in section_of(function, given).model_fields.items():
                     assert field.description, (name, option)
                     assert describe_field(field) != "a value", (name, option)
+    for experiment in ("deit_multimax", "lm_softmax", "mt_softmax"):
+        for option, _, field in leaves(read_config(composed(f"experiment={experiment}"))):
+            assert field.description, option
     assert len(registry.IMAGE_CLASSIFIERS | registry.LANGUAGE_MODELS) >= 2
 
 

@@ -8,7 +8,7 @@ import types
 
 import pytest
 from rich.console import Console
-from tiny import only, run_quietly, tiny_config
+from tiny import Regression, build_trainer, only, run_quietly, tiny_config
 
 from multimax.training.loggers import JsonLinesLogger, ProgressDisplay, WandbLogger
 from multimax.training.result import offline_runs
@@ -206,3 +206,40 @@ def test_bar_on_a_terminal():
     assert "loss 0.2500  1,234 images/s" in output
     assert "after update 12: valid  top1 9" in output
     assert "s left" not in output
+
+
+class Display:
+    """Keeps what it is to show."""
+
+    def __init__(self):
+        self.shown = []
+
+    def __enter__(self):
+        self.shown.append("on")
+
+    def __exit__(self, *error):
+        self.shown.append("off")
+
+    def __getattr__(self, name):
+        return lambda *values: self.shown.append((name, *values))
+
+
+def test_each_update_and_each_evaluation_is_shown(tmp_path):
+    trainer = build_trainer(tmp_path, Regression((5, 3)))
+    trainer.display = Display()
+    trainer.fit(stop_after=2)
+    trainer.fit()
+    log = trainer.loggers[0]
+    series = [log.series(f"train/{name}") for name in ("loss", "learning_rate", "rate")]
+    updates = [
+        ("show", update, (update - 1) // 2, *values)
+        for update, *values in zip((1, 2, 3, 4), *series, strict=True)
+    ]
+    lines = [
+        ("print", f"after update {update}: valid  loss {loss:.4g}")
+        for update, loss in zip((2, 4), log.series("valid/loss"), strict=True)
+    ]
+    assert trainer.display.shown == [
+        "on", ("start_at", 0, 4), *updates[:2], lines[0], "off",
+        "on", ("start_at", 2, 4), *updates[2:], lines[1], "off",
+    ]  # fmt: skip

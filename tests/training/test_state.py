@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -151,6 +152,46 @@ def test_every_so_many_updates_are_logged(tmp_path, every):
     assert all(rate > 0 for rate in trainer.loggers[0].series("train/rate"))
 
 
+@pytest.mark.parametrize(
+    ("length", "updates"),
+    [
+        (("trainer.updates=5",), [2, 4, 5]),
+        (("trainer.updates=null", "trainer.epochs=3"), [6, 9]),  # epochs of three updates
+    ],
+)
+def test_every_second_update_or_epoch_and_the_last_are_evaluated(tmp_path, length, updates):
+    trainer = trained(tmp_path, None, "trainer.evaluate_every=2", *length)
+    evaluated = [u for u, metrics in trainer.loggers[0].entries if "valid/loss" in metrics]
+    assert evaluated == updates
+
+
+def test_an_evaluation_is_between_two_states_on_disk(tmp_path):
+    trainer, seen = build_trainer(tmp_path, Regression(SIZES), "trainer.evaluate_every=2"), []
+
+    def look(*_):
+        position = load_checkpoint(trainer.last_checkpoint)["position"]
+        seen.append(tuple(position[name] for name in ("update", "due", "best_update")))
+        return {"loss": 1.0}
+
+    trainer.task.evaluate = look
+    trainer.fit()
+    look()
+    assert seen == [(2, True, 0), (4, True, 2), (4, False, 2)]
+
+
+def test_a_signal_in_the_last_update_comes_before_its_evaluation(tmp_path):
+    first = trained(tmp_path, 3)
+    first._stop.requested = True
+    with pytest.raises(InterruptedRunError, match=r"after update 4$"):
+        first.fit()
+    assert len(first.loggers[0].series("valid/loss")) == 1  # after update 2
+    second = build_trainer(tmp_path, Regression(SIZES))
+    assert second.resume(first.last_checkpoint)
+    second.fit()
+    assert [update for update, _ in second.loggers[0].entries] == [4]
+    assert second.position.best_update == 4
+
+
 def test_the_logged_norm_is_that_of_the_weights(tmp_path):
     trainer = build_trainer(tmp_path, Regression(SIZES))
     model = copy.deepcopy(trainer.task.model)
@@ -201,6 +242,21 @@ def test_gradients_of_fp16_are_unscaled_before_they_are_measured(tmp_path, monke
     for name in ("train/loss", "train/gradient_norm"):
         assert scaled.loggers[0].series(name) == plain.loggers[0].series(name)
     assert_same(scaled.task.model.state_dict(), plain.task.model.state_dict())
+
+
+def test_an_infinite_gradient_is_left_to_the_scaler_of_fp16(tmp_path, monkeypatch):
+    """The scaler skips the update and lowers its scale; the run goes on."""
+    trainer = build_trainer(tmp_path, Regression(SIZES))
+    trainer.accelerator.scaler, skipped = Scaler(8), []
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda loss: loss.backward())
+    monkeypatch.setattr(trainer.accelerator, "unscale_gradients", lambda _: None)
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: skipped.append(trainer.position.update))
+    trainer.task.model[0].weight.register_hook(lambda gradient: gradient * math.inf)
+    trainer.fit()
+    assert skipped == [0, 1, 2, 3]
+    norms = trainer.loggers[0].series("train/gradient_norm")
+    assert len(norms) == 4
+    assert not any(math.isfinite(norm) for norm in norms)
 
 
 class Drawing(Regression):

@@ -105,6 +105,21 @@ def test_every_update_is_clipped_before_it_is_made(tmp_path):
     assert trainer.loggers[0].series("train/gradient_norm") == pytest.approx(norms)
 
 
+class Coarse(Regression):
+    """With losses of eight bits, as a model in bf16 can give them."""
+
+    def loss(self, model, batch):
+        return super().loss(model, batch).bfloat16()
+
+
+def test_the_loss_of_an_update_is_averaged_in_single_precision(tmp_path):
+    trainer = build_trainer(tmp_path, Coarse((5, 3, 4)), "trainer.accumulation=3")
+    batches = trainer.task.train_loader.given
+    losses = [trainer.task.loss(trainer.task.model, batch).item() for batch in batches]
+    mean = sum(loss * rows / 12 for loss, rows in zip(losses, (5, 3, 4), strict=True))
+    assert trainer._update(batches)["train/loss"] == pytest.approx(mean, rel=1e-6)
+
+
 def test_weight_decay_shrinks_matrices_alone(tmp_path):
     """AdamW's first step has the size of its rate, beside the decay."""
     rate, decay = 0.01, 0.5
