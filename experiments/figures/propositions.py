@@ -1,6 +1,7 @@
 """Where the paper's propositions hold, on random scores and on those of trained models.
 
-Also writes `propositions.json` beside the folder of the figures: all counts.
+Also writes beside the folder of the figures `propositions.json`, all counts, and
+`propositions.md`, a table of shares with their intervals.
 """
 
 from pathlib import Path
@@ -33,9 +34,10 @@ from experiments.propositions import (
     random_scores,
     region,
 )
+from experiments.propositions_table import markdown
 from experiments.scores import SCORES, Scores
 from multimax import softmax
-from multimax.files import write_json
+from multimax.files import write_atomically, write_json
 
 CAPTION = (
     "Proposition 2 of the paper: with t_b > 1 and t_d < 1, MultiMax is both sparser and more "
@@ -51,7 +53,7 @@ MOST_ROWS = 1500  # of a layer's scores; they are sampled already
 
 
 def draw(folder: Path, source: Path = SCORES) -> list[Path]:
-    """Write `propositions` as PNG and PDF, and `propositions.json`.
+    """Write `propositions` as PNG and PDF, `propositions.json` and `propositions.md`.
 
     Raises:
         FileNotFoundError: no scores of trained models are there.
@@ -81,7 +83,9 @@ def draw(folder: Path, source: Path = SCORES) -> list[Path]:
     }
     path = folder.parent / "propositions.json"
     write_json(path, numbers)
-    return [*save(_figure(regions), folder, "propositions"), path]
+    table = path.with_suffix(".md")
+    write_atomically(table, lambda stream: stream.write(markdown(scores, real).encode()))
+    return [*save(_figure(regions), folder, "propositions"), path, table]
 
 
 def _pooled(pair: Pair[Scores]) -> torch.Tensor:

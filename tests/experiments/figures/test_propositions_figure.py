@@ -25,10 +25,16 @@ def drawn(tmp_path, monkeypatch):
         "propositions.png",
         "propositions.pdf",
         "propositions.json",
+        "propositions.md",
     ]
-    assert files[-1].parent.name == "results"
+    assert {file.parent.name for file in files[2:]} == {"results"}
     assert files[0].read_bytes()[:4] == b"\x89PNG"
-    return json.loads(files[-1].read_text())
+    lines = files[3].read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == [
+        f"| {propositions.DRAWN_AT_RANDOM}",
+        "| DeiT, trained with SoftMax",
+    ]
+    return json.loads(files[2].read_text())
 
 
 def test_numbers_are_of_the_pooled_scores(drawn):

@@ -108,11 +108,12 @@ def test_what_the_caption_says():
 
 @pytest.mark.slow
 def test_it_is_drawn(tmp_path):
+    open_before = plt.get_fignums()
     png, pdf = simplex.draw(tmp_path)
     assert (png.name, pdf.name) == ("simplex.png", "simplex.pdf")
     assert png.read_bytes().startswith(b"\x89PNG")
     assert pdf.read_bytes().startswith(b"%PDF")
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == open_before
 
 
 def test_every_panel_shows_its_curves_and_names_its_corners(monkeypatch, tmp_path):
