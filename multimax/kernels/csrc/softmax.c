@@ -19,10 +19,11 @@ int softmax_forward(const Rows *rows, int order, const real *coefficients, const
     return 0;
 }
 
-INLINE int row_is_nan(const real *p, int64_t n) {
-    for (int64_t j = 0; j < n; j++)
-        if (isnan(p[j])) return 1;
-    return 0;
+/* A row of NaN has no gradient where p is 0, and NaN elsewhere. */
+RARE void clear_gradient(const real *p, real *dx, int64_t n) {
+    int spoilt = 0;
+    for (int64_t j = 0; j < n; j++) spoilt |= isnan(p[j]);
+    for (int64_t j = 0; spoilt && j < n; j++) dx[j] = p[j] == 0 ? 0 : dx[j];
 }
 
 INLINE void subtract_row(Row row, const real *p, const real *g, real *dx) {
@@ -35,8 +36,7 @@ INLINE void subtract_row(Row row, const real *p, const real *g, real *dx) {
     } else {
         subtract_mean_row(row, p, g, mean, dx);
     }
-    if (isnan(mean) && row_is_nan(p, row.limit))
-        for (int64_t j = 0; j < row.limit; j++) dx[j] = p[j] == 0 ? 0 : dx[j];
+    if (isnan(mean)) clear_gradient(p, dx, row.limit);
 }
 
 /* From p and g = dL/dp to dL/dx, in steps of some rows that stay in the L1 cache. */
