@@ -29,14 +29,16 @@ from multimax.training.config import hashed_settings, read_config
 from multimax.training.studies import Study
 
 CAPTION = (
-    "The learned modulator of every MultiMax layer: what becomes of a score x before SoftMax, by "
-    "place (columns) and order (rows). Thick lines are means over seeds, thin ones single seeds; "
-    "they are solid where a run has MultiMax here only, with dots where it has it in both the "
-    "attention and the output layer; the dashed diagonal is SoftMax. Below the curves, where the "
-    "scores lay that these layers received on test examples, if they were measured; the curves "
-    "then span all but 0.1 % of them at either end. A modulator counts where scores are. Below 0 a "
-    "curve under the diagonal pushes small scores down, above 0 it holds large ones together; one "
-    "over the diagonal at the left lifts small scores, and where it falls it reverses their order."
+    "The learned modulator of every MultiMax layer of the runs in the tables, at small scale: "
+    "what becomes of a score x before SoftMax, by place (columns) and order (rows). Thick lines "
+    "are means over seeds, thin ones single seeds; they are solid where a run has MultiMax here "
+    "only, with dots where it has it in both the attention and the output layer; the dashed "
+    "diagonal is SoftMax. Below the curves, where the scores lay that these layers received on "
+    "test examples, if they were measured; the curves then span all but 0.1 % of them at either "
+    "end. A modulator counts where scores are. Below 0 a curve under the diagonal pushes small "
+    "scores down, above 0 it holds large ones together; one over the diagonal at the left lifts "
+    "small scores. Where a curve falls, at either end, it reverses the order of scores: at the "
+    "right, the largest then get less than smaller ones."
 )
 SCALE = "small"
 UNMEASURED = (-10.0, 10.0)  # the scores that are drawn where none were measured
