@@ -12,7 +12,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from experiments.scores import EDGES, SCORES, LayerScores, Scores, load_scores, save_scores
 from multimax.data.loading import derive_seed
 from multimax.functional import hidden_entries, to_compute_precision
+from multimax.metrics import Recorder
 from multimax.normalizers import Normalizer
 from multimax.tasks import build_task
 from multimax.tasks.base import Task, inspected_split
@@ -97,7 +97,7 @@ EXAMPLES: dict[str, Callable[[Task, str], Examples]] = {
 }
 
 
-class AttentionRecorder:
+class AttentionRecorder(Recorder):
     """Watches the attention normalizers of a model while it evaluates batches.
 
     Args:
@@ -107,34 +107,15 @@ class AttentionRecorder:
     """
 
     def __init__(self, model: nn.Module, sampled: np.ndarray) -> None:
-        self._modules = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, Normalizer) and "attn" in name
-        }
+        super().__init__(model)
+        self._modules = {name: of for name, of in self._modules.items() if "attn" in name}
         self._sampled = sampled[:MOST_EXAMPLES]
         self._layers = {name: _Layer(number) for number, name in enumerate(self._modules)}
-        self._handles = []
         self._first, self._queries = 0, None
 
     def next_batch(self, first: int, queries: Tensor | None) -> None:
         """Say what comes: the index of its first example, and which queries count."""
         self._first, self._queries = first, queries
-
-    def __enter__(self) -> "AttentionRecorder":
-        for name, module in self._modules.items():
-            hook = self._hook(self._layers[name])
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
 
     def layers(self) -> dict[str, LayerScores]:
         """What was recorded, by module name."""
@@ -149,24 +130,17 @@ class AttentionRecorder:
             for name, module in self._modules.items()
         }
 
-    def _hook(self, layer: "_Layer"):
-        def record(module, args, kwargs, probabilities):
-            scores, mask = _arguments(*args, **kwargs)
-            hidden = hidden_entries(scores, mask)
-            queries = slice(None) if self._queries is None else self._queries
-            x, p, hidden = (t[:, :, queries] for t in (scores, probabilities, hidden))
-            layer.count(p, hidden)
-            for index in range(len(x)):
-                if self._first + index in self._sampled:
-                    rows = x[index].float().masked_fill(hidden[index], -torch.inf)
-                    layer.keep(self._first + index, rows)
-
-        return record
-
-
-def _arguments(scores: Tensor, dim: int = -1, mask: Tensor | None = None):
-    """Scores and mask among the arguments of `Normalizer.forward`, however they were passed."""
-    return scores, mask
+    def record(
+        self, name: str, probabilities: Tensor, scores: Tensor, dim: int, mask: Tensor | None
+    ) -> None:
+        layer, hidden = self._layers[name], hidden_entries(scores, mask)
+        queries = slice(None) if self._queries is None else self._queries
+        x, p, hidden = (t[:, :, queries] for t in (scores, probabilities, hidden))
+        layer.count(p, hidden)
+        for index in range(len(x)):
+            if self._first + index in self._sampled:
+                rows = x[index].float().masked_fill(hidden[index], -torch.inf)
+                layer.keep(self._first + index, rows)
 
 
 class _Layer:

@@ -5,8 +5,10 @@ mean: pass a mask instead.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +185,49 @@ def modulator_health(
     return health
 
 
-class NormalizerRecorder:
+class Recorder(ABC):
+    """Watches what passes through the normalizers of a model, inside a `with` block.
+
+    Args:
+        model: all `Normalizer` modules in it (or itself) are watched.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {n: m for n, m in model.named_modules() if isinstance(m, Normalizer)}
+        self._handles = []
+
+    @abstractmethod
+    def record(
+        self, name: str, probabilities: Tensor, scores: Tensor, dim: int, mask: Tensor | None
+    ) -> None:
+        """Take what the normalizer `name` was given, and made of it."""
+
+    def __enter__(self) -> Self:
+        for name, module in self._modules.items():
+            hook = self._hook(name)
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, name: str):
+        def hook(module, args, kwargs, probabilities):
+            scores, dim, mask = _arguments(*args, **kwargs)
+            with torch.no_grad():
+                self.record(name, probabilities, scores, dim, mask)
+
+        return hook
+
+
+class NormalizerRecorder(Recorder):
     """Measures every normalizer of a model on what passes through it, in evaluation.
 
         with NormalizerRecorder(model) as recorder, torch.no_grad():
@@ -201,26 +245,9 @@ class NormalizerRecorder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = {n: m for n, m in model.named_modules() if isinstance(m, Normalizer)}
+        super().__init__(model)
         self._totals = {n: defaultdict(float) for n in self._modules}
         self._counts = {n: defaultdict(int) for n in self._modules}
-        self._handles = []
-
-    def __enter__(self) -> "NormalizerRecorder":
-        for name, module in self._modules.items():
-            hook = self._hook(name)
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        return self
-
-    def __exit__(
-        self,
-        error_type: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def summary(self) -> dict[str, dict[str, float]]:
         """By module name: the mean of each measure and, as `<measure>_count`, of how many values.
@@ -239,16 +266,14 @@ class NormalizerRecorder:
                 result[name] |= {measure: mean, f"{measure}_count": count}
         return result
 
-    def _hook(self, name: str):
-        def record(module, args, kwargs, probabilities):
-            scores, dim, mask = _arguments(*args, **kwargs)
-            with torch.no_grad():
-                for measure, values in _measure(module, probabilities, scores, dim, mask).items():
-                    mean, count = mean_of_defined(values)
-                    self._totals[name][measure] += mean * count if count else 0.0
-                    self._counts[name][measure] += count
-
-        return record
+    def record(
+        self, name: str, probabilities: Tensor, scores: Tensor, dim: int, mask: Tensor | None
+    ) -> None:
+        module = self._modules[name]
+        for measure, values in _measure(module, probabilities, scores, dim, mask).items():
+            mean, count = mean_of_defined(values)
+            self._totals[name][measure] += mean * count if count else 0.0
+            self._counts[name][measure] += count
 
 
 def _arguments(scores: Tensor, dim: int = -1, mask: Tensor | None = None):
