@@ -34,14 +34,7 @@ def measures(p, x, threshold, reference):
 def test_claim_1_a_higher_temperature_raises_m_and_lowers_s(
     row, threshold, temperatures, reference
 ):
-    """It holds for every row, threshold and fixed reference, which has a short proof.
-
-    With w = 1/t and E the mean score under p, dp_n/dw = p_n (x_n - E). M: the gap of the maximum
-    to any entry grows with w, since p_max >= p_n and x_max - E >= max(x_n - E, 0). S: probabilities
-    of scores below E fall, those above rise and have the smaller weights exp(-p/s), so that
-    -dS/dw is at most a positive weight times the change of the summed mass below the threshold,
-    which never grows with w.
-    """
+    """For every row, threshold and fixed reference: proof in `experiments/propositions.py`."""
     x = torch.tensor(row, dtype=torch.float64)
     s = softmax_reference(x) if reference is None else reference
     low, high = sorted(temperatures)
