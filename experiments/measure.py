@@ -131,8 +131,15 @@ class AttentionRecorder(Recorder):
         }
 
     def record(
-        self, name: str, probabilities: Tensor, scores: Tensor, dim: int, mask: Tensor | None
+        self,
+        name: str,
+        probabilities: Tensor,
+        scores: Tensor,
+        dim: int,
+        mask: Tensor | None,
+        bias: Tensor | None,
     ) -> None:
+        assert bias is None, "the models of the tasks have no attention bias"
         layer, hidden = self._layers[name], hidden_entries(scores, mask)
         queries = slice(None) if self._queries is None else self._queries
         x, p, hidden = (t[:, :, queries] for t in (scores, probabilities, hidden))

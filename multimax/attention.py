@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 from multimax.functional import (
+    check_bias,
     check_device,
     check_heads,
     check_mask,
@@ -41,6 +42,8 @@ def attention(
     dropout: float = 0.0,
     scale: float | None = None,
     backend: str | None = None,
+    bias: Tensor | None = None,
+    bias_place: str = "after",
 ) -> Tensor:
     """`normalizer(scale * query key^T) value`; masks act after the normalizer's modulation.
 
@@ -57,6 +60,11 @@ def attention(
         scale: factor on the scores; None is 1 / sqrt(head_dim).
         backend: see `multimax.kernels.backend.use_backend`, whose choice None takes. "auto" calls
             the normalizer (and so its hooks) unless it can be fused.
+        bias: real, broadcastable to (..., queries, keys): relative positions, ALiBi. Entries of at
+            most `functional.MASK_FLOOR`, such as -inf, mask; the others are added to the scores.
+        bias_place: "after" adds it to the modulated scores, so that positions neither change what
+            is modulated nor are modulated themselves; "before" adds it inside. The same where the
+            normalizer has no modulation.
 
     Returns:
         (..., queries, value_dim); zeros for a query that may attend to nothing. Under autocast,
@@ -64,20 +72,23 @@ def attention(
         `F.scaled_dot_product_attention`.
 
     Raises:
-        ValueError: `mask` is not boolean or does not broadcast to the scores, the shapes of query,
-            key and value do not fit together, `dropout` is out of range, or `backend` is unknown or
-            cannot compute this.
+        ValueError: `mask` is not boolean, it or `bias` does not broadcast to the scores, the shapes
+            of query, key and value do not fit together, `dropout` is out of range, or `bias_place`
+            or `backend` is unknown or cannot compute this.
     """
     query, key, value = _autocast(query, key, value)
     _check(query, key, value, mask, dropout)
+    _check_bias(query, key, bias, bias_place)
     if scale is None:
         scale = 1 / math.sqrt(query.size(-1))
     name = chosen_backend() if backend is None else backend
-    kernel = _choose(name, query, key, value, normalizer)
+    kernel = _choose(name, query, key, value, normalizer, bias)
     if kernel is None:
         key, value = repeat_heads(query, key, value)
         with nullcontext() if backend is None else use_backend(backend):  # of the normalizer too
-            return eager_attention(query, key, value, normalizer, mask, causal, dropout, scale)
+            return eager_attention(
+                query, key, value, normalizer, mask, causal, dropout, scale, bias, bias_place
+            )
     q, k, v, mask, leading = _four_dimensions(query, key, value, mask)
     dtype = torch.promote_types(query.dtype, torch.float32)
     coefficients = normalizer.coefficients(dtype, query.device)
@@ -121,6 +132,14 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
 
+def _check_bias(query: Tensor, key: Tensor, bias: Tensor | None, place: str) -> None:
+    if place not in ("after", "before"):
+        raise ValueError(f"bias_place must be 'after' or 'before', got {place!r}")
+    if bias is not None:
+        check_device(query, bias=bias)
+        check_bias(bias, (*_leading(query, key), query.size(-2), key.size(-2)))
+
+
 def _leading(query: Tensor, key: Tensor) -> tuple[int, ...]:
     """The dimensions of the scores before (queries, keys)."""
     of_query, of_key = query.shape[:-2], key.shape[:-2]
@@ -132,7 +151,12 @@ def _leading(query: Tensor, key: Tensor) -> tuple[int, ...]:
 
 
 def _choose(
-    name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: Normalizer
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    normalizer: Normalizer,
+    bias: Tensor | None,
 ) -> Callable[..., Tensor] | None:
     """The kernel for this attention, None for the definition; ValueError if `name` cannot do it."""
     check_backend(name)
@@ -142,8 +166,8 @@ def _choose(
         if _hooked(normalizer):
             return None
         name = "triton" if query.device.type == "cuda" else "c"
-        return None if _obstacle(name, query, key, value, normalizer) else _KERNELS[name]
-    obstacle = _obstacle(name, query, key, value, normalizer)
+        return None if _obstacle(name, query, key, value, normalizer, bias) else _KERNELS[name]
+    obstacle = _obstacle(name, query, key, value, normalizer, bias)
     if obstacle:
         refuse(name, "this attention", obstacle)
     return _KERNELS[name]
@@ -163,9 +187,16 @@ def _hooked(normalizer: Normalizer) -> bool:
 
 
 def _obstacle(
-    name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: Normalizer
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    normalizer: Normalizer,
+    bias: Tensor | None,
 ) -> str | None:
     """Why a kernel cannot compute an attention; None if it can."""
+    if bias is not None:
+        return "it has a bias"
     if not normalizer.fusible:
         return f"{normalizer}: {c_rows.NO_MODULATOR}"
     if not query.dtype == key.dtype == value.dtype:

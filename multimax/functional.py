@@ -3,7 +3,8 @@
 Plain torch operations; the normalizers are built of them and the kernels are compared with them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,27 @@ def _expands(sizes: Sequence[int], shape: Sequence[int]) -> bool:
         if sizes[axis] != 1 and sizes[axis] != shape[axis]:
             return False
     return True
+
+
+def check_bias(bias: Tensor | None, shape: Sequence[int]) -> None:
+    """Raise ValueError for an additive bias of another dtype, or one that does not fit the scores.
+
+    Args:
+        bias: real.
+        shape: of the scores, which it must broadcast to.
+    """
+    if bias is None:
+        return
+    if not bias.is_floating_point():
+        raise ValueError(
+            f"bias must be a floating-point tensor that is added to the scores, got {bias.dtype}: "
+            "pass a boolean mask as `mask`"
+        )
+    if not _expands(bias.shape, shape):
+        raise ValueError(
+            f"bias of shape {tuple(bias.shape)} must broadcast to the scores, of shape "
+            f"{tuple(shape)}"
+        )
 
 
 def check_device(like: Tensor, **tensors: Tensor | None) -> None:
@@ -216,18 +238,25 @@ def eager_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    normalizer: Callable[..., Tensor],
+    normalizer: Any,
     mask: Tensor | None,
     causal: bool,
     dropout: float,
     scale: float,
+    bias: Tensor | None = None,
+    bias_place: str = "after",
 ) -> Tensor:
     """The definition of `attention`, with its arguments; query and key have the same heads."""
     scores = (query * scale) @ key.transpose(-2, -1)
     if causal:
         triangular_mask = causal_mask(query.size(-2), key.size(-2), query.device)
         mask = triangular_mask if mask is None else mask & triangular_mask
-    probabilities = normalizer(scores, mask=mask)
+    if bias is None:
+        probabilities = normalizer(scores, mask=mask)
+    else:
+        hidden = bias <= MASK_FLOOR
+        mask = ~hidden if mask is None else mask & ~hidden
+        probabilities = normalizer.biased(scores, bias.masked_fill(hidden, 0), mask, bias_place)
     return F.dropout(probabilities, dropout) @ value
 
 

@@ -198,9 +198,18 @@ class Recorder(ABC):
 
     @abstractmethod
     def record(
-        self, name: str, probabilities: Tensor, scores: Tensor, dim: int, mask: Tensor | None
+        self,
+        name: str,
+        probabilities: Tensor,
+        scores: Tensor,
+        dim: int,
+        mask: Tensor | None,
+        bias: Tensor | None,
     ) -> None:
-        """Take what the normalizer `name` was given, and made of it."""
+        """Take what the normalizer `name` was given, and made of it.
+
+        `bias` is what it added to its modulated scores, None for nothing.
+        """
 
     def __enter__(self) -> Self:
         for name, module in self._modules.items():
@@ -220,9 +229,8 @@ class Recorder(ABC):
 
     def _hook(self, name: str):
         def hook(module, args, kwargs, probabilities):
-            scores, dim, mask = _arguments(*args, **kwargs)
             with torch.no_grad():
-                self.record(name, probabilities, scores, dim, mask)
+                self.record(name, probabilities, *_arguments(*args, **kwargs))
 
         return hook
 
@@ -236,7 +244,8 @@ class NormalizerRecorder(Recorder):
 
     It sees calls of the normalizer modules only: not those that a loss or a fused kernel replaces.
     The threshold of sparsity and multi-modality is the mean of the row's allowed scores, the
-    reference of sparsity `softmax_reference` of the same scores, as in the paper. That of
+    reference of sparsity `softmax_reference` of the same scores, as in the paper; a bias of the
+    attention counts as part of the scores. That of
     "uniform_sparsity" is `uniform_reference`: compare layers and models by this one. Each batch
     costs several passes over the scores and a device synchronization, so record a few batches.
 
@@ -267,18 +276,30 @@ class NormalizerRecorder(Recorder):
         return result
 
     def record(
-        self, name: str, probabilities: Tensor, scores: Tensor, dim: int, mask: Tensor | None
+        self,
+        name: str,
+        probabilities: Tensor,
+        scores: Tensor,
+        dim: int,
+        mask: Tensor | None,
+        bias: Tensor | None,
     ) -> None:
         module = self._modules[name]
-        for measure, values in _measure(module, probabilities, scores, dim, mask).items():
+        ranked = scores if bias is None else scores + bias
+        measures = _measure(probabilities, ranked, dim, mask)
+        if isinstance(module, MultiMax):
+            measures["decreasing_share"] = _decreasing(module, scores, mask)
+        for measure, values in measures.items():
             mean, count = mean_of_defined(values)
             self._totals[name][measure] += mean * count if count else 0.0
             self._counts[name][measure] += count
 
 
-def _arguments(scores: Tensor, dim: int = -1, mask: Tensor | None = None):
+def _arguments(
+    scores: Tensor, dim: int = -1, mask: Tensor | None = None, bias: Tensor | None = None
+):
     """The arguments of `Normalizer.forward`, however they were passed."""
-    return scores, dim, mask
+    return scores, dim, mask, bias
 
 
 def _measures(module: Normalizer) -> list[str]:
@@ -286,24 +307,21 @@ def _measures(module: Normalizer) -> list[str]:
     return [*names, "decreasing_share"] if isinstance(module, MultiMax) else names
 
 
-def _measure(module, probabilities, scores, dim, mask) -> dict[str, Tensor]:
-    """The values of each of `_measures`; NaN where there is none."""
+def _measure(probabilities, scores, dim, mask) -> dict[str, Tensor]:
+    """The values of each measure that every normalizer has; NaN where there is none."""
     threshold = row_mean(scores, dim, mask)
     own, uniform = (
         sparsity(probabilities, scores, threshold, reference(scores, dim, mask), dim, mask)
         for reference in (softmax_reference, uniform_reference)
     )
     empty = threshold.squeeze(dim).isnan()
-    values = {
+    return {
         "entropy": entropy(probabilities, dim).masked_fill(empty, math.nan),
         "support_size": support_size(probabilities, dim).float().masked_fill(empty, math.nan),
         "sparsity": own,
         "uniform_sparsity": uniform,
         "multi_modality": multi_modality(probabilities, scores, threshold, dim, mask),
     }
-    if isinstance(module, MultiMax):
-        values["decreasing_share"] = _decreasing(module, scores, mask)
-    return values
 
 
 def _decreasing(module: MultiMax, scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -32,6 +32,21 @@ class Normalizer(nn.Module, ABC):
                 masked too; with a modulator also one of at most `functional.MASK_FLOOR`.
         """
 
+    def biased(
+        self, scores: Tensor, bias: Tensor, mask: Tensor | None = None, place: str = "after"
+    ) -> Tensor:
+        """Probabilities of scores with a bias, along the last dimension.
+
+        Args:
+            scores: as in `forward`.
+            bias: finite, broadcastable to `scores`; added in compute precision.
+            mask: as in `forward`.
+            place: "after" the modulation, which then does not depend on the bias, or "before" it.
+                The same where there is no `modulate`.
+        """
+        x = to_compute_precision(scores)
+        return self(x + bias.to(x.dtype), mask=mask).to(scores.dtype)
+
     @property
     def sparse(self) -> bool:
         """Whether an entry that is not masked can get exactly 0 in evaluation, underflow aside."""

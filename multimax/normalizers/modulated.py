@@ -35,13 +35,32 @@ class ModulatedSoftMax(LogitNormalizer):
     def logits(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         return self.modulate(scores)
 
-    def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+    def biased(
+        self, scores: Tensor, bias: Tensor, mask: Tensor | None = None, place: str = "after"
+    ) -> Tensor:
+        if place == "before":
+            return super().biased(scores, bias, mask)
+        return self(scores, mask=mask, bias=bias)
+
+    def forward(
+        self,
+        scores: Tensor,
+        dim: int = -1,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """As `Normalizer.forward`, also with a `bias` that is added to the modulated scores."""
         x = to_compute_precision(scores)
         check_mask(mask, x.shape)
         lacks = None if self.fusible else c_rows.NO_MODULATOR
+        if bias is not None:
+            lacks = "it has a bias"
         if not c_rows.usable(x, self, lacks):
             if mask is not None and self._parameters:  # whose gradient would be 0 times inf
                 x = x.masked_fill(~mask, 0.0)
-            return masked_softmax(self.modulate(x), dim, mask).to(scores.dtype)
+            modulated = self.modulate(x)
+            if bias is not None:
+                modulated = modulated + bias.to(x.dtype)
+            return masked_softmax(modulated, dim, mask).to(scores.dtype)
         coefficients = self.coefficients(x.dtype, x.device)
         return c_rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)

@@ -148,12 +148,18 @@ class MultiMax(ModulatedSoftMax):
         z = affine(x, scale, shift * self.score_scale, hidden)
         return z.masked_fill(hidden, -torch.inf)
 
-    def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        scores: Tensor,
+        dim: int = -1,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         if not self.affine:
-            return super().forward(scores, dim, mask)
+            return super().forward(scores, dim, mask, bias)
         x = to_compute_precision(scores)
         # The floor is for what comes in: the scale could lift it before it is modulated.
-        p = super().forward(x.masked_fill(x <= MASK_FLOOR, -torch.inf), dim, mask)
+        p = super().forward(x.masked_fill(x <= MASK_FLOOR, -torch.inf), dim, mask, bias)
         return p.to(scores.dtype)
 
     def _modulator(self) -> tuple[Tensor, Tensor]:
