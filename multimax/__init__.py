@@ -27,6 +27,8 @@ from multimax.metrics import (
     uniform_reference,
 )
 from multimax.normalizers import *  # noqa: F403
+from multimax.parameters import parameter_groups
+from multimax.replacement import replace_softmax, restore_softmax, verify_replacement
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,6 +41,9 @@ __all__ = [
     "modulator_health",
     "multi_modality",
     "output_loss",
+    "parameter_groups",
+    "replace_softmax",
+    "restore_softmax",
     "row_mean",
     "softmax_reference",
     "sparsemax_loss",
@@ -47,5 +52,6 @@ __all__ = [
     "top_k_mass",
     "uniform_reference",
     "use_backend",
+    "verify_replacement",
 ]
 __all__ += normalizers.__all__

@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from multimax.normalizers import Normalizer
+from multimax.parameters import normalizer_parameters
 from multimax.training.schedules import FORMULAS, SCHEDULES
 
 
@@ -106,12 +106,6 @@ class LearningRate:
             self.scheduler.step(update // self.updates_per_unit)
         else:
             self.scheduler.step_update(update)
-
-
-def normalizer_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The scalars of all normalizers below `model`, also those that layers share once."""
-    modules = (module for module in model.modules() if isinstance(module, Normalizer))
-    return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
 
 
 class GradientClipping:

@@ -1,0 +1,7 @@
+"""Another normalizer in the place of SoftMax in a model of any library, in one line."""
+
+from multimax.replacement.replace import replace_softmax, restore_softmax
+from multimax.replacement.report import Replacement
+from multimax.replacement.verify import verify_replacement
+
+__all__ = ["Replacement", "replace_softmax", "restore_softmax", "verify_replacement"]

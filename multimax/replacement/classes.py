@@ -1,0 +1,95 @@
+"""What is known of the attention classes of each library, and how an unknown one is noticed."""
+
+from dataclasses import dataclass
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+NORMALIZES = {
+    "softmax",
+    "scaled_dot_product_attention",
+    "multi_head_attention_forward",
+    "flex_attention",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+}
+# Names by which libraries call these numbers.
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+HEAD_DIM = ("head_dim", "attention_head_size", "dim_head", "dim_per_head", "key_value_proj_dim")
+
+
+@dataclass(frozen=True)
+class AttentionClass:
+    """What must be known to put a normalizer into a class of attention modules.
+
+    Args:
+        biased_scores: its SoftMax gets scores to which a finite bias has been added already, so
+            that only `bias_place="before"` is possible.
+        refused: why no other normalizer can take the place of its SoftMax.
+        not_attention: what its SoftMax is for, if not for attention: it is left alone.
+    """
+
+    biased_scores: bool = False
+    refused: str | None = None
+    not_attention: str | None = None
+
+
+def qualified_name(cls: type) -> str:
+    """Such as "torch.nn.modules.activation.MultiheadAttention"."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def defining_class(cls: type[nn.Module]) -> type:
+    """The class that the forward of a module class is written in."""
+    return next(base for base in cls.__mro__ if "forward" in vars(base))
+
+
+def known_class(cls: type[nn.Module]) -> AttentionClass | None:
+    """What is known of a module class, or of the one that its forward is inherited from."""
+    return known_classes().get(qualified_name(defining_class(cls)))
+
+
+def known_classes() -> dict[str, AttentionClass]:
+    """All known attention classes by their qualified names."""
+    from multimax.replacement import plain_torch
+
+    return {**plain_torch.CLASSES}
+
+
+def normalizes(cls: type[nn.Module]) -> bool:
+    """Whether the forward of a module class has SoftMax or attention in its code.
+
+    Its own methods and the functions of its package that it calls are read too; the modules in it
+    are not.
+    """
+    package = cls.__module__.partition(".")[0]
+    waiting: list[Any] = [cls.forward]
+    seen: set[CodeType] = set()
+    while waiting:
+        function = waiting.pop()
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        names = _names(function.__code__)
+        if names & NORMALIZES:
+            return True
+        for name in names:
+            called = function.__globals__.get(name) or getattr(cls, name, None)
+            if getattr(called, "__module__", "").partition(".")[0] == package:
+                waiting.append(called)
+    return False
+
+
+def _names(code: CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
+
+
+def size_of(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first of these attributes that is an integer."""
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)

@@ -1,0 +1,155 @@
+"""Where a model has attention, and how a normalizer gets there.
+
+A route is a module of this package with `find` and `restore`; the first route that finds a module
+takes it.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from multimax.normalizers import Normalizer
+from multimax.replacement import plain_torch
+from multimax.replacement.classes import (
+    AttentionClass,
+    defining_class,
+    known_class,
+    normalizes,
+    qualified_name,
+)
+from multimax.replacement.interception import guarded, intercepted, original_class
+
+UNKNOWN = (
+    "its code has SoftMax or attention, but the class is not known: name the module in skip= to "
+    "keep its SoftMax, or the class in also= if one forward pass normalizes exactly once, scores "
+    "over keys"
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A module with SoftMax.
+
+    Args:
+        name: in the model.
+        module: itself.
+        install: puts a normalizer in, given `bias_place`.
+        obstacle: why that cannot be done right, None if it can.
+        left: why it is not to be replaced, None if it is.
+    """
+
+    name: str
+    module: Any
+    install: Callable[[Normalizer, str], None]
+    obstacle: str | None = None
+    left: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The class of the module, in full."""
+        return qualified_name(type(self.module))
+
+
+def find(model: nn.Module, also: Collection[type[nn.Module]], bias_place: str) -> list[Found]:
+    """All modules of a model that normalize, the outermost of nested ones.
+
+    Args:
+        model: of any library.
+        also: classes to take as attention though they are not known.
+        bias_place: that is asked for.
+    """
+    found: list[Found] = []
+    for name, module in _outermost(model, lambda module: _describe(module, also) is not None):
+        kind = _describe(module, also)
+        assert kind is not None
+        obstacle = kind.refused
+        if kind.biased_scores and bias_place == "after":
+            obstacle = (
+                "its SoftMax gets scores with a bias in them, so that the bias would be modulated "
+                'too: allow that by bias_place="before"'
+            )
+        if kind.not_attention is None and obstacle is None and hasattr(module, "normalizer"):
+            obstacle = "it has an attribute `normalizer` already"
+        found.append(Found(name, module, _installer(module), obstacle, kind.not_attention))
+    return found
+
+
+def restore(model: nn.Module) -> int:
+    """Give every module its own SoftMax back; the number of normalizers taken out."""
+    count = 0
+    for module in list(model.modules()):
+        base = original_class(module)
+        if base is not None:
+            module.__class__ = base
+            count += isinstance(vars(module)["_modules"].pop("normalizer", None), Normalizer)
+            vars(module).pop("bias_place", None)
+    return count
+
+
+@contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """Let every module normalize as its library wrote it, inside a `with` block."""
+    replaced = [(m, type(m)) for m in model.modules() if original_class(m) is not None]
+    for module, _ in replaced:
+        module.__class__ = original_class(module)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for module, cls in replaced:
+            module.__class__ = cls
+
+
+def guard(model: nn.Module) -> None:
+    """Keep modules from fused forms in evaluation that do not call their attention modules."""
+    for module in model.modules():
+        if isinstance(module, plain_torch.FUSED):
+            module.__class__ = guarded(type(module))
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a normalizer has been put into a module."""
+    return original_class(module) is not None
+
+
+def _outermost(
+    model: nn.Module, chosen: Callable[[nn.Module], bool], prefix: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """The chosen modules that are in no other chosen one, each once, by their names."""
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if module in seen:
+            return
+        seen.add(module)
+        if chosen(module):
+            yield name, module
+            return
+        for child_name, child in module.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    return walk(model, prefix)
+
+
+def _describe(module: nn.Module, also: Collection[type[nn.Module]]) -> AttentionClass | None:
+    """What is known of a module that normalizes; None if it does not."""
+    cls = type(module)
+    if isinstance(module, Normalizer):
+        return None
+    if defining_class(cls) in also or cls in also:
+        return AttentionClass()
+    known = known_class(cls)
+    if known is None and normalizes(cls):
+        return AttentionClass(refused=UNKNOWN)
+    return known
+
+
+def _installer(module: Any) -> Callable[[Normalizer, str], None]:
+    def install(normalizer: Normalizer, bias_place: str) -> None:
+        module.normalizer = normalizer
+        module.bias_place = bias_place
+        module.__class__ = intercepted(type(module))
+
+    return install
