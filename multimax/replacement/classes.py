@@ -1,5 +1,6 @@
 """What is known of the attention classes of each library, and how an unknown one is noticed."""
 
+import inspect
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
@@ -58,27 +59,32 @@ def known_classes() -> dict[str, AttentionClass]:
 
 
 def normalizes(cls: type[nn.Module]) -> bool:
-    """Whether the forward of a module class has SoftMax or attention in its code.
+    """Whether the forward of a module class has SoftMax or attention in its code."""
+    return bool(names_used(cls) & NORMALIZES)
+
+
+def names_used(cls: type[nn.Module]) -> set[str]:
+    """Names in the code of the forward of a module class.
 
     Its own methods and the functions of its package that it calls are read too; the modules in it
     are not.
     """
     package = cls.__module__.partition(".")[0]
-    waiting: list[Any] = [cls.forward]
+    waiting: list[Any] = [inspect.unwrap(cls.forward)]
     seen: set[CodeType] = set()
+    used: set[str] = set()
     while waiting:
         function = waiting.pop()
         if not isinstance(function, FunctionType) or function.__code__ in seen:
             continue
         seen.add(function.__code__)
         names = _names(function.__code__)
-        if names & NORMALIZES:
-            return True
+        used |= names
         for name in names:
             called = function.__globals__.get(name) or getattr(cls, name, None)
             if getattr(called, "__module__", "").partition(".")[0] == package:
-                waiting.append(called)
-    return False
+                waiting.append(inspect.unwrap(called) if callable(called) else called)
+    return used
 
 
 def _names(code: CodeType) -> set[str]:

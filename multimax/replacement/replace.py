@@ -71,12 +71,14 @@ def replace_softmax(
     head = heads.find(model, own) if output else None
     for layer, normalizer in zip(layers, normalizers, strict=True):
         layer.install(normalizer, bias_place)
-    if layers:
-        routes.guard(model)
     if shared:
         share_scalars(model, (layer.module for layer in layers))
     if head is not None:
         head.install()
+    if layers:
+        arguments = {**options, "attention": attention, "output": output}
+        arguments |= {"skip": patterns, "bias_place": bias_place}
+        routes.finish(model, [found.module for found in left], arguments)
     return Replacement(
         attention=[Entry(f.name, f.kind, repr(f.module.normalizer)) for f in layers],
         output=[Entry(head.name, head.kind, repr(head.normalizer))] if head else [],

@@ -4,7 +4,7 @@ A route is a module of this package with `find` and `restore`; the first route t
 takes it.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from multimax.normalizers import Normalizer
-from multimax.replacement import plain_torch
+from multimax.replacement import plain_torch, transformers_route
 from multimax.replacement.classes import (
     AttentionClass,
     defining_class,
@@ -71,6 +71,8 @@ def find(model: nn.Module, also: Collection[type[nn.Module]], bias_place: str) -
                 "its SoftMax gets scores with a bias in them, so that the bias would be modulated "
                 'too: allow that by bias_place="before"'
             )
+        if transformers_route.asks_interface(type(module)):
+            obstacle = transformers_route.obstacle(module)
         if kind.not_attention is None and obstacle is None and hasattr(module, "normalizer"):
             obstacle = "it has an attribute `normalizer` already"
         found.append(Found(name, module, _installer(module), obstacle, kind.not_attention))
@@ -80,13 +82,32 @@ def find(model: nn.Module, also: Collection[type[nn.Module]], bias_place: str) -
 def restore(model: nn.Module) -> int:
     """Give every module its own SoftMax back; the number of normalizers taken out."""
     count = 0
+    transformers_route.switch_off(model)
     for module in list(model.modules()):
-        base = original_class(module)
-        if base is not None:
-            module.__class__ = base
-            count += isinstance(vars(module)["_modules"].pop("normalizer", None), Normalizer)
+        if is_replaced(module):
+            module.__class__ = original_class(module) or type(module)
+            count += isinstance(module._modules.pop("normalizer", None), Normalizer)
             vars(module).pop("bias_place", None)
+        vars(module).pop("keeps_softmax", None)
     return count
+
+
+def finish(model: nn.Module, left: Collection[nn.Module], arguments: Mapping[str, Any]) -> None:
+    """What a model as a whole needs once its modules have their normalizers.
+
+    Args:
+        model: all of it.
+        left: modules that keep their SoftMax.
+        arguments: of `replace_softmax`, which saved models carry.
+    """
+    for module in left:
+        if transformers_route.asks_interface(type(module)):
+            module.keeps_softmax = True  # pyright: ignore[reportArgumentType]
+    for module in model.modules():
+        if isinstance(module, plain_torch.FUSED) and not is_replaced(module):
+            module.__class__ = guarded(type(module))
+    transformers_route.switch_on(model)
+    transformers_route.record(model, arguments)
 
 
 @contextmanager
@@ -96,22 +117,16 @@ def suspended(model: nn.Module) -> Iterator[None]:
     for module, _ in replaced:
         module.__class__ = original_class(module)  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        yield
+        with transformers_route.suspended(model):
+            yield
     finally:
         for module, cls in replaced:
             module.__class__ = cls
 
 
-def guard(model: nn.Module) -> None:
-    """Keep modules from fused forms in evaluation that do not call their attention modules."""
-    for module in model.modules():
-        if isinstance(module, plain_torch.FUSED):
-            module.__class__ = guarded(type(module))
-
-
 def is_replaced(module: nn.Module) -> bool:
     """Whether a normalizer has been put into a module."""
-    return original_class(module) is not None
+    return original_class(module) is not None or transformers_route.is_replaced(module)
 
 
 def _outermost(
@@ -136,18 +151,26 @@ def _outermost(
 def _describe(module: nn.Module, also: Collection[type[nn.Module]]) -> AttentionClass | None:
     """What is known of a module that normalizes; None if it does not."""
     cls = type(module)
-    if isinstance(module, Normalizer):
+    if isinstance(module, Normalizer) or transformers_route.is_model(module):
         return None
     if defining_class(cls) in also or cls in also:
         return AttentionClass()
     known = known_class(cls)
+    if known is None and transformers_route.asks_interface(cls):
+        return AttentionClass()
     if known is None and normalizes(cls):
+        other = transformers_route.not_attention(module)
+        if other is not None:
+            return AttentionClass(not_attention=other)
         return AttentionClass(refused=UNKNOWN)
     return known
 
 
 def _installer(module: Any) -> Callable[[Normalizer, str], None]:
     def install(normalizer: Normalizer, bias_place: str) -> None:
+        if transformers_route.asks_interface(type(module)):
+            transformers_route.install(module, normalizer, bias_place)
+            return
         module.normalizer = normalizer
         module.bias_place = bias_place
         module.__class__ = intercepted(type(module))
