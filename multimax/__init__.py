@@ -28,7 +28,12 @@ from multimax.metrics import (
 )
 from multimax.normalizers import *  # noqa: F403
 from multimax.parameters import parameter_groups
-from multimax.replacement import replace_softmax, restore_softmax, verify_replacement
+from multimax.replacement import (
+    load_pretrained,
+    replace_softmax,
+    restore_softmax,
+    verify_replacement,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +42,7 @@ __all__ = [
     "entropy",
     "fenchel_young_loss",
     "linear_output_loss",
+    "load_pretrained",
     "mean_of_defined",
     "modulator_health",
     "multi_modality",

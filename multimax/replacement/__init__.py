@@ -2,6 +2,13 @@
 
 from multimax.replacement.replace import replace_softmax, restore_softmax
 from multimax.replacement.report import Replacement
+from multimax.replacement.transformers_route import load_pretrained
 from multimax.replacement.verify import verify_replacement
 
-__all__ = ["Replacement", "replace_softmax", "restore_softmax", "verify_replacement"]
+__all__ = [
+    "Replacement",
+    "load_pretrained",
+    "replace_softmax",
+    "restore_softmax",
+    "verify_replacement",
+]

@@ -1,0 +1,109 @@
+"""Tiny models of transformers with random weights, and what they are called with."""
+
+import torch
+
+VOCABULARY = 96
+WIDE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+SIZES = {**WIDE, "num_attention_heads": 4, "intermediate_size": 48}
+ROPE = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 64}
+BART = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+BART |= {f"{side}_attention_heads": 4 for side in ("encoder", "decoder")}
+BART |= {f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")}
+BART |= {"max_position_embeddings": 64, "pad_token_id": 1, "decoder_start_token_id": 2}
+IMAGES = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2}
+IMAGES |= {"num_attention_heads": 4, "intermediate_size": 48}
+CLIP = {"vision_config": IMAGES, "text_config": {**SIZES, "max_position_embeddings": 16}}
+T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
+WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}
+
+# Model class, configuration class, its options, and how many attention layers there are.
+MODELS = {
+    "BERT": ("BertForMaskedLM", "BertConfig", SIZES, 2),
+    "RoBERTa": ("RobertaForMaskedLM", "RobertaConfig", SIZES, 2),
+    "DistilBERT": (
+        "DistilBertForMaskedLM",
+        "DistilBertConfig",
+        {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
+        2,
+    ),
+    "ModernBERT": (
+        "ModernBertForMaskedLM",
+        "ModernBertConfig",
+        {**SIZES, "pad_token_id": 0, "local_attention": 4, "global_attn_every_n_layers": 2},
+        2,
+    ),
+    "GPT-2": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        | {"bos_token_id": 0, "eos_token_id": 0},
+        2,
+    ),
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", ROPE, 2),
+    "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**ROPE, "head_dim": 8}, 2),
+    "Mistral": ("MistralForCausalLM", "MistralConfig", {**ROPE, "sliding_window": 4}, 2),
+    "Mixtral": ("MixtralForCausalLM", "MixtralConfig", {**ROPE, "num_local_experts": 2}, 2),
+    "OPT": (
+        "OPTForCausalLM",
+        "OPTConfig",
+        {**WIDE, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32},
+        2,
+    ),
+    "GPT-NeoX": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES, 2),
+    "T5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {**T5, "num_heads": 4, "decoder_start_token_id": 0},
+        6,
+    ),
+    "BART": ("BartForConditionalGeneration", "BartConfig", BART, 6),
+    "Marian": ("MarianMTModel", "MarianConfig", BART, 6),
+    "Whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER, 6),
+    "ViT": ("ViTForImageClassification", "ViTConfig", IMAGES, 2),
+    "DINOv2": ("Dinov2ForImageClassification", "Dinov2Config", IMAGES, 2),
+    "CLIP": ("CLIPModel", "CLIPConfig", CLIP, 4),
+}
+REFUSED = {
+    "Gemma 2": ("Gemma2ForCausalLM", "Gemma2Config", {**ROPE, "head_dim": 8}, "capped by tanh"),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        {**ROPE, "head_dim": 8, "num_local_experts": 2},
+        "learned sink",
+    ),
+    "XLNet": (
+        "XLNetLMHeadModel",
+        "XLNetConfig",
+        {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+        "not known",
+    ),
+}
+GENERATING = ("GPT-2", "Llama", "Qwen3", "Mistral", "T5", "BART", "Marian")
+
+
+def build(name, seed=0):
+    """A model in evaluation mode."""
+    import transformers
+
+    model, config, options, *_ = {**MODELS, **REFUSED}[name]
+    torch.manual_seed(seed)
+    return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+
+
+def inputs(name, model):
+    """Keyword arguments of a forward pass, with padding where there is any."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(4, VOCABULARY, (2, 9), generator=generator)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 0
+    if name in ("ViT", "DINOv2"):
+        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
+    if name == "Whisper":
+        features = torch.randn(2, 8, 32, generator=generator)
+        return {"input_features": features, "decoder_input_ids": tokens[:, :5]}
+    arguments = {"input_ids": tokens, "attention_mask": mask}
+    if name == "CLIP":
+        arguments["pixel_values"] = torch.randn(2, 3, 16, 16, generator=generator)
+    if model.config.is_encoder_decoder:
+        arguments["decoder_input_ids"] = tokens[:, :5]
+    return arguments
