@@ -8,16 +8,14 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from multimax.data.text import build_text_source
 from multimax.data.vocabulary import Vocabulary, WordVocabulary
 from multimax.decoding import sample
 from multimax.models.transformer import LanguageModel
-from multimax.tasks.language_modeling import build_language_model
-from multimax.training.trained import load_trained, read_run
+from multimax.training.trained import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,11 +67,8 @@ def load(checkpoint: Path, data_root: str | None = None) -> tuple[LanguageModel,
         FileNotFoundError: the checkpoint, its config.yaml or the vocabulary is missing.
         ValueError: the checkpoint is of another task, or of another vocabulary.
     """
-    path, config, state = read_run(checkpoint, "language_modeling", "lm_...", data_root)
-    vocabulary = build_text_source(**config.data.given()).vocabulary
-    model = build_language_model(config, vocabulary)
-    load_trained(model, path, state, vocabulary.fingerprint, config.data.name)
-    return model, vocabulary
+    trained = load_run(checkpoint, data_root, task="language_modeling")
+    return cast(LanguageModel, trained.model), trained.vocabulary
 
 
 def continue_text(

@@ -13,14 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from multimax.data.pairs import build_pair_source
 from multimax.data.pairs.batches import Pairs, Sentences, cut_by_tokens
 from multimax.data.pairs.sources import Languages
 from multimax.decoding import Hypothesis, beam_search
 from multimax.models.transformer import TranslationModel
 from multimax.options import validate
-from multimax.tasks.translation import Decoding, build_translation_model, search_options
-from multimax.training.trained import load_trained, read_run
+from multimax.tasks.translation import Decoding, search_options
+from multimax.training.trained import load_run
 
 LINES = 256  # that are read, sorted by length and translated together
 TOKENS = 4096  # of a batch, padding included
@@ -72,13 +71,11 @@ def load(checkpoint: Path, data_root: str | None = None) -> "Translator":
         FileNotFoundError: the checkpoint, its config.yaml or the vocabulary is missing.
         ValueError: the checkpoint is of another task, or of another vocabulary.
     """
-    path, config, state = read_run(checkpoint, "translation", "mt_...", data_root)
-    languages = build_pair_source(**config.data.given()).languages
-    model = build_translation_model(config, languages)
-    load_trained(model, path, state, languages.fingerprint, config.data.name)
+    trained = load_run(checkpoint, data_root, task="translation")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoding = cast(Any, config).decoding
-    return Translator(model.to(device), languages, decoding, config.data.max_length)
+    model = cast(TranslationModel, trained.model.to(device))
+    config: Any = trained.config
+    return Translator(model, trained.vocabulary, config.decoding, config.data.max_length)
 
 
 class Translator:

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from experiments import measure as command
-from experiments.measure import load_run, load_scores, measure
+from experiments.measure import load_scores, load_task, measure
 from experiments.scores import EDGES
 from multimax.data.pairs.sources import LibreOfficeHelp
 from multimax.training.run import run
@@ -69,7 +69,7 @@ def first_block(task):
 
 
 def test_sampled_rows_are_those_of_their_example_and_head(deit, measured):
-    scores, _ = first_block(load_run(deit)[1])
+    scores, _ = first_block(load_task(deit)[1])
     layer = measured.layers["blocks.0.attn.normalizer"]
     assert layer.scores.dtype == np.float32
     assert len(layer.scores) == 1024
@@ -88,7 +88,7 @@ def test_sampled_rows_are_those_of_their_example_and_head(deit, measured):
 
 
 def test_the_histogram_is_of_all_rows(deit, measured):
-    scores, normalizer = first_block(load_run(deit)[1])
+    scores, normalizer = first_block(load_task(deit)[1])
     with torch.no_grad():
         p = normalizer.double()(scores).flatten().numpy()
     layer = measured.layers["blocks.0.attn.normalizer"]
@@ -129,7 +129,7 @@ def test_a_language_model_counts_each_token_once(tmp_path):
     for split, times in {"train": 30, "valid": 4, "test": 5}.items():
         (tmp_path / f"{split}.txt").write_text(text * times)
     folder = train(tmp_path, [*LM, f"data.root={tmp_path}", f"data.cache={tmp_path}"])
-    task = load_run(folder)[1]
+    task = load_task(folder)[1]
     tokens = task.splits["test"]
     scores = measure(folder)
     blocks = -(-tokens // 10)
@@ -155,7 +155,7 @@ def test_translations_have_three_kinds_of_attention(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(command, "MOST_SCORES", 20_000)
     folder = train(tmp_path, [*MT, f"data.cache={tmp_path}"])
-    pairs = load_run(folder)[1].data.splits["test"]
+    pairs = load_task(folder)[1].data.splits["test"]
     source, target = pairs.source.lengths, pairs.target.lengths
     layers = measure(folder).layers
     expected = {
