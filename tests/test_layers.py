@@ -21,6 +21,7 @@ LAYERS = (
     ("tasks",),
     ("training",),
     ("generate", "integrations"),
+    ("evaluate",),
     ("experiments", "benchmarks"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
