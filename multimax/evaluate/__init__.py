@@ -5,9 +5,10 @@
     python -m multimax.evaluate CHECKPOINT --experiment deit_multimax --set scale=paper \\
         --data-root /path/to/imagenet
 
-Of a finished run they are those of its result.json, bit for bit on a CPU like the one that it was
-trained on. With --experiment, the checkpoint can lie anywhere: one of the official code of MultiMax
-for vision, or one that multimax.integrations.fairseq.convert made of one of fairseq.
+Of a finished run, and of one that was published (a folder or hf-hub:USER/NAME), they are those of
+its result.json, bit for bit on a CPU like the one that it was trained on. With --experiment, the
+checkpoint can lie anywhere: one of the official code of MultiMax for vision, or one that
+multimax.integrations.fairseq.convert made of one of fairseq.
 """
 
 import argparse
@@ -22,11 +23,12 @@ from rich.console import Console
 
 from multimax.evaluate.foreign import compose_experiment, load_foreign
 from multimax.files import write_json
+from multimax.hub import load_model
 from multimax.tasks import build_task
 from multimax.training.config import check_processes, config_hash
 from multimax.training.evaluation import build_accelerator, evaluate, evaluate_splits
 from multimax.training.result import environment, now, print_metrics, print_rows
-from multimax.training.trained import TrainedModel, load_run, read_result
+from multimax.training.trained import TrainedModel, read_result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,8 +55,8 @@ def open_trained(
     """The trained model of a run folder, or of a checkpoint.
 
     Args:
-        checkpoint: a run folder, a checkpoint in one, or, with `experiment`, one that lies anywhere
-            (see `load_foreign`).
+        checkpoint: a run folder, a checkpoint in one, a published model (see `load_model`), or,
+            with `experiment`, a checkpoint that lies anywhere (see `load_foreign`).
         experiment: that the checkpoint is of; None is that of its run folder.
         settings: replace others of the configuration, as on the command line of `train.py`.
         data_root: replaces `data.root`.
@@ -70,7 +72,7 @@ def open_trained(
                 f"{checkpoint.name} is of: give a checkpoint in its run folder, or say what it is "
                 "with --experiment, as in --experiment deit_multimax --set scale=paper"
             )
-        return load_run(checkpoint, data_root, settings)
+        return load_model(checkpoint, data_root, settings, open_data=True)
     if checkpoint.is_dir():
         raise ValueError(
             f"{checkpoint} is a folder, which has a configuration of its own: leave --experiment "
@@ -85,7 +87,7 @@ def evaluate_trained(
     """The figures of a trained model, computed as at the end of a run, and what they are of.
 
     Args:
-        trained: of `load_run` or `open_trained`.
+        trained: of `load_run` or `open_trained`, with its data set.
         split: of the data; None is all splits but the training split.
         console: where a table goes; None prints nothing.
 
@@ -192,7 +194,9 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, help="a run folder, or a checkpoint")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run folder, a checkpoint, a published model"
+    )
     parser.add_argument("--split", choices=["valid", "test"], help="only this one")
     parser.add_argument(
         "--experiment", metavar="NAME", help="what a checkpoint outside a run folder is of"

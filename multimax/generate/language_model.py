@@ -14,13 +14,15 @@ import torch
 
 from multimax.data.vocabulary import Vocabulary, WordVocabulary
 from multimax.decoding import sample
+from multimax.hub import load_model
 from multimax.models.transformer import LanguageModel
-from multimax.training.trained import load_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `generate lm` takes."""
-    parser.add_argument("checkpoint", type=Path, help="a run folder, or its last.pt or best.pt")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run folder, its last.pt or best.pt, or a published model"
+    )
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--tokens", type=int, default=200, help="how many to sample (200)")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 is safer (1)")
@@ -60,14 +62,14 @@ def load(checkpoint: Path, data_root: str | None = None) -> tuple[LanguageModel,
     """The model of a run in evaluation mode, and its vocabulary.
 
     Args:
-        checkpoint: a run folder (its reported weights), or a checkpoint in one.
+        checkpoint: a run folder (its reported weights), a checkpoint in one, or a published model.
         data_root: replaces `data.root` of the configuration.
 
     Raises:
         FileNotFoundError: the checkpoint, its config.yaml or the vocabulary is missing.
         ValueError: the checkpoint is of another task, or of another vocabulary.
     """
-    trained = load_run(checkpoint, data_root, task="language_modeling")
+    trained = load_model(checkpoint, data_root, task="language_modeling")
     return cast(LanguageModel, trained.model), trained.vocabulary
 
 

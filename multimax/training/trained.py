@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import nn
 
 from multimax.files import load_checkpoint
@@ -142,10 +142,7 @@ def read_run(
         raise ValueError(
             f"{folder} was trained for {trained_for}: give the run of an experiment {named}"
         )
-    _change(content, settings)
-    if data_root is not None:
-        content.data.root = data_root
-    config = read_config(content)
+    config = changed(content, data_root, settings)
     path = folder / f"{config.trainer.report}.pt" if checkpoint.is_dir() else checkpoint
     return path, config, load_checkpoint(path)
 
@@ -182,8 +179,13 @@ def load_trained(path: Path, config: Config, state: Mapping[str, Any]) -> Traine
     )
 
 
-def _change(content: DictConfig, settings: Sequence[str]) -> None:
-    """Replace settings by those of a command line."""
+def changed(content: Any, data_root: str | None = None, settings: Sequence[str] = ()) -> Config:
+    """A recorded configuration with other settings; arguments as in `load_run`.
+
+    Raises:
+        ValueError: it is not one of this version, or a setting is unknown or out of range.
+    """
+    content = OmegaConf.create(content)
     for setting in settings:
         try:
             (parsed,) = OverridesParser.create().parse_overrides([setting])
@@ -192,6 +194,9 @@ def _change(content: DictConfig, settings: Sequence[str]) -> None:
         if parsed.is_delete() or parsed.is_sweep_override():
             raise ValueError(f"{setting!r} must be NAME=VALUE with a single value")
         OmegaConf.update(content, parsed.key_or_group, parsed.value(), force_add=True)
+    if data_root is not None:
+        content.data.root = data_root
+    return read_config(content)
 
 
 def _check_same(folder: Path, name: str, found: str, recorded: str) -> None:
