@@ -52,9 +52,11 @@ def test_a_finished_run_has_its_figures_again(runs, tmp_path, capsys, name):
     assert f"n = {result['metrics']['test']['examples']:,}" in out
 
 
-def test_averages_and_mixed_precision(tmp_path):
+@pytest.mark.parametrize("name", ["deit", "lm"])
+def test_averages_and_mixed_precision(tmp_path, name):
+    write_text(tmp_path)
     more = "trainer.ema_decay=0.5", "trainer.precision=bf16", "trainer.updates=4"
-    folder = train(tmp_path, [*settings_of("deit", tmp_path), *more])
+    folder = train(tmp_path, [*settings_of(name, tmp_path), *more])
     result, report = result_of(folder), evaluated(tmp_path, folder)
     assert report["metrics"] == result["metrics"]
     assert result["metrics"]["test"]["ema_loss"] != result["metrics"]["test"]["loss"]
