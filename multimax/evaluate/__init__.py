@@ -18,13 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from rich.console import Console
+from torch import nn
 
 from multimax.evaluate.foreign import compose_experiment, load_foreign
 from multimax.files import write_json
 from multimax.hub import load_model
 from multimax.tasks import build_task
+from multimax.tasks.base import Task
 from multimax.training.config import check_processes, config_hash
 from multimax.training.evaluation import build_accelerator, evaluate, evaluate_splits
 from multimax.training.result import environment, now, print_metrics, print_rows
@@ -40,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ValueError(f"--json {parsed.json} is a folder: give the name of a file")
         trained = open_trained(parsed.checkpoint, parsed.experiment, parsed.set, parsed.data_root)
         report = evaluate_trained(trained, parsed.split, console)
-        if parsed.json is not None:
+        if parsed.json is not None and PartialState().is_main_process:
             write_json(parsed.json, report)
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
@@ -100,51 +103,71 @@ def evaluate_trained(
         FileNotFoundError, ValueError: the data is missing or damaged, or has no such split.
         FloatingPointError: the model gives no finite loss.
     """
-    config = trained.config
-    accelerator = build_accelerator(config)
+    accelerator = build_accelerator(trained.config)
     try:
-        processes, rank = accelerator.num_processes, accelerator.process_index
-        check_processes(config, processes)
-        opened = trained.source, trained.model.to(accelerator.device)
-        task = build_task(config, rank, processes, accelerator.device, opened)
-        if split is not None:
-            if split not in task.splits:
-                known = ", ".join(task.splits)
-                raise ValueError(f"{config.data.name} has no split {split!r}; it has: {known}")
-            task.splits = {split: task.splits[split]}
-        if console is not None and accelerator.is_main_process:
+        task = _open_task(trained, accelerator, split)
+        console = console if accelerator.is_main_process else None
+        if console is not None:
             print_rows(console, {"weights": str(trained.path), **task.describe()})
-        averaged = None
-        if trained.averaged is not None:
-            averaged = copy.deepcopy(task.model)
-            averaged.load_state_dict(trained.averaged)
+        averaged = _averaged(trained, task)
         # As in training, which changes what is computed: with mixed precision and when compiled.
-        if config.trainer.compile:
+        if trained.config.trainer.compile:
             task.model.compile()
         accelerator.prepare_model(task.model, evaluation_mode=True)
         metrics = evaluate_splits(task, partial(evaluate, task, averaged, accelerator))
-        report = {
-            "checkpoint": str(trained.path),
-            "experiment": config.name,
-            "task": config.task.name,
-            "scale": config.scale.name,
-            "seed": config.seed,
-            "config_hash": config_hash(config),
-            "data": task.data_fingerprint,
-            "trained_on": trained.data,
-            "metrics": metrics,
-            "notes": task.notes,
-            "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
-            **environment(),
-            "finished": now(),
-        }
-        differences = compare_to_result(report)
-        report["same_as_result"] = None if differences is None else not differences
-        if console is not None and accelerator.is_main_process:
-            _print(console, report, differences)
-        return report
     finally:
         AcceleratorState._reset_state()
+    report = _report(trained, task, metrics)
+    differences = compare_to_result(report)
+    report["same_as_result"] = None if differences is None else not differences
+    if console is not None:
+        _print(console, report, differences)
+    return report
+
+
+def _open_task(trained: TrainedModel, accelerator: Accelerator, split: str | None) -> Task:
+    """The task of a trained model with its data, of which only one split is to be evaluated."""
+    config, processes = trained.config, accelerator.num_processes
+    check_processes(config, processes)
+    opened = trained.source, trained.model.to(accelerator.device)
+    task = build_task(config, accelerator.process_index, processes, accelerator.device, opened)
+    if split is not None:
+        if split not in task.splits:
+            known = ", ".join(task.splits)
+            raise ValueError(f"{config.data.name} has no split {split!r}; it has: {known}")
+        task.splits = {split: task.splits[split]}
+    return task
+
+
+def _averaged(trained: TrainedModel, task: Task) -> nn.Module | None:
+    """The model with its averaged weights, if there are any."""
+    if trained.averaged is None:
+        return None
+    averaged = copy.deepcopy(task.model)
+    try:
+        averaged.load_state_dict(trained.averaged)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"the averaged weights of {trained.path} are damaged: {error}") from error
+    return averaged
+
+
+def _report(trained: TrainedModel, task: Task, metrics: dict[str, Any]) -> dict[str, Any]:
+    config = trained.config
+    return {
+        "checkpoint": str(trained.path),
+        "experiment": config.name,
+        "task": config.task.name,
+        "scale": config.scale.name,
+        "seed": config.seed,
+        "config_hash": config_hash(config),
+        "data": task.data_fingerprint,
+        "trained_on": trained.data,
+        "metrics": metrics,
+        "notes": task.notes,
+        "parameters": sum(parameter.numel() for parameter in task.model.parameters()),
+        **environment(),
+        "finished": now(),
+    }
 
 
 def compare_to_result(report: dict[str, Any]) -> list[str] | None:
@@ -162,17 +185,18 @@ def compare_to_result(report: dict[str, Any]) -> list[str] | None:
         return None
     result = read_result(checkpoint.parent)
     same = (
-        checkpoint.name == f"{result['reported_weights']}.pt"
+        checkpoint.name == f"{result.get('reported_weights')}.pt"
         and report["config_hash"] == result["config_hash"]
         and report["data"] == result["inputs"]["data"]
     )
     if not same:
         return None
+    recorded = result["metrics"]
     return [
-        f"{split}/{name}: {figure!r}, there {result['metrics'][split].get(name)!r}"
+        f"{split}/{name}: {figure!r}, there {recorded.get(split, {}).get(name)!r}"
         for split, figures in report["metrics"].items()
         for name, figure in figures.items()
-        if figure != result["metrics"][split].get(name)
+        if figure != recorded.get(split, {}).get(name)
     ]
 
 

@@ -63,7 +63,7 @@ def load_foreign(path: Path, config: Config) -> TrainedModel:
     """
     content = load_checkpoint(path)
     if "fingerprint" in content:
-        return load_trained(path, config, content)
+        return load_trained(path, config, content, "of --experiment and --set")
     if not {"cfg", "args"}.isdisjoint(content) and "extra_state" in content:
         raise ValueError(
             f"{path} is a checkpoint of fairseq: python -m multimax.integrations.fairseq.convert "

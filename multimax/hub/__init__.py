@@ -49,11 +49,11 @@ class PublishedModel(nn.Module, PyTorchModelHubMixin, library_name="multimax"):
         task: what it is for, a key of `multimax.tasks.TASKS`.
         model: name and all options of the model, as `multimax.models.registry.build_model` takes
             them.
-        vocabulary: of a language model (`Vocabulary`), or of a translation model (`Languages`).
         run: facts of its training, see `multimax.hub.facts`.
 
     Attributes:
         network: the model itself; `network.output` is its output layer.
+        vocabulary: of a language model (`Vocabulary`), or of a translation model (`Languages`).
 
     Raises:
         ValueError: there is no such task or model, or an option is out of range.
@@ -63,13 +63,12 @@ class PublishedModel(nn.Module, PyTorchModelHubMixin, library_name="multimax"):
         self,
         task: str,
         model: Mapping[str, Any],
-        vocabulary: Any = None,
         run: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.task: str = task
         self.options: dict[str, Any] = dict(model)
-        self.vocabulary: Any = vocabulary
+        self.vocabulary: Any = None
         self.run: dict[str, Any] = dict(run or {})
         self.network: nn.Module = build_model(look_up("task", TASKS, task).models, **self.options)
 
@@ -100,7 +99,8 @@ class PublishedModel(nn.Module, PyTorchModelHubMixin, library_name="multimax"):
         task = result["task"]
         options = TASKS[task].model_options(trained.config, trained.source)
         facts = facts_of(trained, result, license, averaged)
-        published = cls(task, _as_json(options), trained.vocabulary, facts)
+        published = cls(task, _as_json(options), facts)
+        published.vocabulary = trained.vocabulary
         published.network.load_state_dict(weights or {})
         return published.eval()
 
@@ -123,14 +123,13 @@ class PublishedModel(nn.Module, PyTorchModelHubMixin, library_name="multimax"):
             folder = _download(str(pretrained_model_name_or_path), options)
         config = _read_config(folder / CONFIG)
         weights = _read_weights(folder / WEIGHTS)
-        described, vocabulary = config["vocabulary"], None
-        if described is not None:
-            vocabulary = load_vocabulary(described, folder)
         try:
-            published = cls(config["task"], config["model"], vocabulary, config["run"])
+            published = cls(config["task"], config["model"], config["run"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG} describes no model of ours: {error}") from error
         _put_weights(published.network, weights, folder / WEIGHTS)
+        if config["vocabulary"] is not None:
+            published.vocabulary = load_vocabulary(config["vocabulary"], folder)
         return published.eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -147,13 +147,19 @@ def read_run(
     return path, config, load_checkpoint(path)
 
 
-def load_trained(path: Path, config: Config, state: Mapping[str, Any]) -> TrainedModel:
+def load_trained(
+    path: Path,
+    config: Config,
+    state: Mapping[str, Any],
+    of: str = "in config.yaml beside it",
+) -> TrainedModel:
     """The model of a configuration with the weights of a checkpoint.
 
     Args:
         path: of the checkpoint.
         config: what it was trained with.
         state: its content.
+        of: where the configuration is, for messages.
 
     Raises:
         FileNotFoundError: the data set is missing.
@@ -171,8 +177,7 @@ def load_trained(path: Path, config: Config, state: Mapping[str, Any]) -> Traine
         data = state["inputs"]["data"]
     except (KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{path} does not fit the model in config.yaml beside it ({error}): keep a checkpoint "
-            "in its run folder"
+            f"{path} does not fit the model {of} ({error}): keep a checkpoint in its run folder"
         ) from error
     return TrainedModel(
         model.eval(), config, vocabulary, source, path, averaged=state.get("ema"), data=data

@@ -62,6 +62,11 @@ def test_averages_and_mixed_precision(tmp_path, name):
     assert result["metrics"]["test"]["ema_loss"] != result["metrics"]["test"]["loss"]
     plain = evaluated(tmp_path, folder, "--set", "trainer.precision=no")["metrics"]["test"]
     assert plain != result["metrics"]["test"]
+    state = load_checkpoint(folder / "last.pt")
+    state["ema"].popitem()
+    save_checkpoint(folder / "last.pt", state)
+    with pytest.raises(SystemExit, match=r"the averaged weights of .*last\.pt are damaged"):
+        command.main([str(folder)])
     assert plain["loss"] == pytest.approx(result["metrics"]["test"]["loss"], rel=1e-2)
 
 

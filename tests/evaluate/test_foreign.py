@@ -150,6 +150,12 @@ def test_an_official_checkpoint_of_another_model(runs, tmp_path):
             evaluated(path, "deit", tmp_path, *settings)
 
 
+def test_a_checkpoint_of_another_run(runs, tmp_path):
+    path = shutil.copy(runs["deit"] / "last.pt", tmp_path / "moved.pt")
+    with pytest.raises(SystemExit, match=r"moved\.pt does not fit the model of --experiment and"):
+        evaluated(path, "deit", tmp_path, "model.depth=3")
+
+
 def test_what_is_no_checkpoint_of_the_experiment(runs, words, converted, tmp_path):
     fairseq = converted.with_name("checkpoint_best.pt")
     for path, name, message in (
