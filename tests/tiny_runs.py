@@ -1,5 +1,6 @@
 """Finished runs of all tasks that train for two updates, for the tests of what reads them."""
 
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -55,9 +56,9 @@ def write_text(folder, **times):
         (folder / f"{split}.txt").write_text(TEXT * number)
 
 
-@pytest.fixture(scope="module")
-def few_pairs():
-    """Of the embedded sentence pairs, 60 of each split."""
+@contextmanager
+def fewer_pairs():
+    """The embedded sentence pairs are 60 in each split."""
     columns = LibreOfficeHelp._columns
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -67,8 +68,22 @@ def few_pairs():
 
 
 @pytest.fixture(scope="module")
-def runs(few_pairs, tmp_path_factory):
+def few_pairs():
+    """Of the embedded sentence pairs, 60 of each split."""
+    with fewer_pairs():
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
     """The folder of a finished run for each of deit, lm and mt."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("deit", "lm", "mt")}
     write_text(folders["lm"])
-    return {name: train(folder, settings_of(name, folder)) for name, folder in folders.items()}
+    with fewer_pairs():
+        return {name: train(folder, settings_of(name, folder)) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(trained, few_pairs):
+    """The same, with the data that they were trained on."""
+    return trained

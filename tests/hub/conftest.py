@@ -1,3 +1,3 @@
-from tiny_runs import few_pairs, runs
+from tiny_runs import few_pairs, runs, trained
 
-__all__ = ["few_pairs", "runs"]
+__all__ = ["few_pairs", "runs", "trained"]
