@@ -9,10 +9,9 @@ same run gives the same file.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,8 +26,8 @@ from multimax.tasks import build_task
 from multimax.tasks.base import Task, inspected_split
 from multimax.tasks.language_modeling import LanguageModeling
 from multimax.tasks.translation import Translation
-from multimax.training.config import Config, config_hash
-from multimax.training.trained import load_trained, read_run
+from multimax.training.config import Config
+from multimax.training.trained import load_finished_run
 
 __all__ = ["load_scores", "measure"]
 
@@ -195,39 +194,24 @@ def measure(folder: Path) -> Scores:
     """The attention scores of a finished run, with the weights that its result is of.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_run`.
+        FileNotFoundError, ValueError: as `load_task`.
     """
-    config, task = load_run(folder)
+    config, task = load_task(folder)
     split = inspected_split(task.splits)
     examples = EXAMPLES[config.task.name](task, split)
     layers = _recorded(task.model, examples)
     return Scores(config.recorded(), split, examples.number, layers)
 
 
-def load_run(folder: Path) -> tuple[Config, Task]:
+def load_task(folder: Path) -> tuple[Config, Task]:
     """The configuration and the task of a finished run, with the weights that its result is of.
 
     Raises:
-        FileNotFoundError: the run has not finished, or a file of it or its data is missing.
-        ValueError: something in the run folder is damaged, or of other data or settings than its
-            result.
+        FileNotFoundError, ValueError: as `load_finished_run`.
     """
-    result = _result(folder)
-    path, config, state = read_run(folder, result["task"], f"of {result['task']}")
+    run, _ = load_finished_run(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    task = build_task(config, 0, 1, device)
-    for name, found, recorded in (
-        ("settings", config_hash(config), result["config_hash"]),
-        ("data", task.data_fingerprint, result["inputs"]["data"]),
-    ):
-        if found != recorded:
-            raise ValueError(
-                f"the {name} of {folder} ({found}) are not those that its result.json is of "
-                f"({recorded}): give the folder as the run left it"
-            )
-    load_trained(task.model, path, state, task.fingerprint, config.data.name)
-    task.model.to(device)
-    return config, task
+    return run.config, build_task(run.config, 0, 1, device, (run.source, run.model.to(device)))
 
 
 def _recorded(model: nn.Module, examples: Examples) -> dict[str, LayerScores]:
@@ -241,23 +225,6 @@ def _recorded(model: nn.Module, examples: Examples) -> dict[str, LayerScores]:
     if first != examples.number:
         raise RuntimeError(f"measured {first} of {examples.number} examples")
     return recorder.layers()
-
-
-def _result(folder: Path) -> dict[str, Any]:
-    file = folder / "result.json"
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"there is no {file}: give the folder of a finished run; the command that began a run "
-            "also goes on with it"
-        )
-    try:
-        result = json.loads(file.read_text())
-        _ = result["task"], result["config_hash"], result["inputs"]["data"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error!r}): copy it again from where the run was trained"
-        ) from error
-    return result
 
 
 def file_of(folder: Path, scores: Scores, target: Path = SCORES) -> Path:

@@ -20,7 +20,8 @@ LAYERS = (
     ("decoding", "replacement"),
     ("tasks",),
     ("training",),
-    ("generate", "integrations"),
+    ("hub", "integrations"),
+    ("evaluate", "generate"),
     ("experiments", "benchmarks"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -25,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from experiments.figures.pairs import CELL_TITLES, Pair, pairs_of_task
 from experiments.figures.saving import save
-from experiments.measure import load_run
+from experiments.measure import load_task
 from multimax.tasks.base import Task, inspected_split
 from multimax.tasks.image_classification import ImageClassification
 
@@ -40,7 +40,7 @@ def draw(folder: Path, runs: Path = RUNS) -> list[Path]:
         ValueError: grad-cam is not installed, or a run folder is damaged.
     """
     pair = find_pair(runs)
-    softmax, multimax = (load_run(run)[1] for run in (pair.softmax, pair.multimax))
+    softmax, multimax = (load_task(run)[1] for run in (pair.softmax, pair.multimax))
     images, labels = first_of_each_class(softmax)
     names = cast(ImageClassification, softmax).data.class_names
     columns = {"image": images.mean(1)}

@@ -8,21 +8,21 @@ import sys
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from multimax.data.text import build_text_source
 from multimax.data.vocabulary import Vocabulary, WordVocabulary
 from multimax.decoding import sample
+from multimax.hub import load_model
 from multimax.models.transformer import LanguageModel
-from multimax.tasks.language_modeling import build_language_model
-from multimax.training.trained import load_trained, read_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `generate lm` takes."""
-    parser.add_argument("checkpoint", type=Path, help="a run folder, or its last.pt or best.pt")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run folder, its last.pt or best.pt, or a published model"
+    )
     parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--tokens", type=int, default=200, help="how many to sample (200)")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 is safer (1)")
@@ -62,18 +62,15 @@ def load(checkpoint: Path, data_root: str | None = None) -> tuple[LanguageModel,
     """The model of a run in evaluation mode, and its vocabulary.
 
     Args:
-        checkpoint: a run folder (its reported weights), or a checkpoint in one.
+        checkpoint: a run folder (its reported weights), a checkpoint in one, or a published model.
         data_root: replaces `data.root` of the configuration.
 
     Raises:
         FileNotFoundError: the checkpoint, its config.yaml or the vocabulary is missing.
         ValueError: the checkpoint is of another task, or of another vocabulary.
     """
-    path, config, state = read_run(checkpoint, "language_modeling", "lm_...", data_root)
-    vocabulary = build_text_source(**config.data.given()).vocabulary
-    model = build_language_model(config, vocabulary)
-    load_trained(model, path, state, vocabulary.fingerprint, config.data.name)
-    return model, vocabulary
+    trained = load_model(checkpoint, data_root, task="language_modeling")
+    return cast(LanguageModel, trained.model), trained.vocabulary
 
 
 def continue_text(

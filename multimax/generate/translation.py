@@ -13,14 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from multimax.data.pairs import build_pair_source
 from multimax.data.pairs.batches import Pairs, Sentences, cut_by_tokens
 from multimax.data.pairs.sources import Languages
 from multimax.decoding import Hypothesis, beam_search
+from multimax.hub import load_model
 from multimax.models.transformer import TranslationModel
 from multimax.options import validate
-from multimax.tasks.translation import Decoding, build_translation_model, search_options
-from multimax.training.trained import load_trained, read_run
+from multimax.tasks.translation import Decoding, search_options
 
 LINES = 256  # that are read, sorted by length and translated together
 TOKENS = 4096  # of a batch, padding included
@@ -28,7 +27,9 @@ TOKENS = 4096  # of a batch, padding included
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `generate mt` takes."""
-    parser.add_argument("checkpoint", type=Path, help="a run folder, or its last.pt or best.pt")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run folder, its last.pt or best.pt, or a published model"
+    )
     parser.add_argument("--beam", type=int, help="width of the beam (as in the run's test)")
     parser.add_argument("--length-penalty", type=float, help="above 1 favours long translations")
     parser.add_argument(
@@ -65,20 +66,18 @@ def load(checkpoint: Path, data_root: str | None = None) -> "Translator":
     """The model of a run, ready to translate; on CUDA if there is one.
 
     Args:
-        checkpoint: a run folder (its reported weights), or a checkpoint in one.
+        checkpoint: a run folder (its reported weights), a checkpoint in one, or a published model.
         data_root: replaces `data.root` of the configuration.
 
     Raises:
         FileNotFoundError: the checkpoint, its config.yaml or the vocabulary is missing.
         ValueError: the checkpoint is of another task, or of another vocabulary.
     """
-    path, config, state = read_run(checkpoint, "translation", "mt_...", data_root)
-    languages = build_pair_source(**config.data.given()).languages
-    model = build_translation_model(config, languages)
-    load_trained(model, path, state, languages.fingerprint, config.data.name)
+    trained = load_model(checkpoint, data_root, task="translation")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoding = cast(Any, config).decoding
-    return Translator(model.to(device), languages, decoding, config.data.max_length)
+    model = cast(TranslationModel, trained.model.to(device))
+    config: Any = trained.config
+    return Translator(model, trained.vocabulary, config.decoding, config.data.max_length)
 
 
 class Translator:

@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
+from torch import nn
 
-from multimax.registry import build, look_up
+from multimax.registry import look_up
 from multimax.tasks.base import Task
 from multimax.tasks.image_classification import ImageClassification
 from multimax.tasks.language_modeling import LanguageModeling
@@ -23,12 +24,30 @@ def data_fingerprint(config: Any) -> str:
     Raises:
         ValueError, FileNotFoundError: as `build_task`, of the data.
     """
+    return look_up("task", TASKS, config.task.name).open_data(config).fingerprint
+
+
+def open_model(config: Any) -> tuple[Any, nn.Module]:
+    """The data set that `config.data` names, as `Task.open_data` returns it, and a model for it.
+
+    Args:
+        config: as in `build_task`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `build_task`.
+    """
     task = look_up("task", TASKS, config.task.name)
-    options = config.data.given()
-    return build(task.data_kind, task.data_sets, options.pop("name"), options).fingerprint
+    source = task.open_data(config)
+    return source, task.build_model(config, source)
 
 
-def build_task(config: Any, rank: int, world_size: int, device: torch.device) -> Task:
+def build_task(
+    config: Any,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    opened: tuple[Any, nn.Module] | None = None,
+) -> Task:
     """The task that `config.task` names, with its data loaded and its model initialized.
 
     Args:
@@ -36,9 +55,11 @@ def build_task(config: Any, rank: int, world_size: int, device: torch.device) ->
         rank: of this process.
         world_size: number of processes.
         device: where batches go.
+        opened: data set and model, as from `open_model`; None opens them, with new weights.
 
     Raises:
         ValueError: the task is unknown, or an option of its data or model is out of range.
         FileNotFoundError: its data is not where the configuration says.
     """
-    return look_up("task", TASKS, config.task.name)(config, rank, world_size, device)
+    task = look_up("task", TASKS, config.task.name)
+    return task(config, *(opened or open_model(config)), rank, world_size, device)

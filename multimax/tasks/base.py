@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from multimax.data.loading import EvalLoader, LoadedData, TrainLoader
-from multimax.models.registry import Models
+from multimax.models.registry import Models, build_model
 from multimax.options import Section
+from multimax.registry import build
 
 DataSets = Mapping[str, Callable[..., Any]]
 Sections = Mapping[str, type[Section]]
@@ -59,6 +60,39 @@ class Task(ABC):
     data_fingerprint: str = ""
     before_batch: Callable[[], None] = staticmethod(lambda: None)
     notes: Mapping[str, Any] = {}
+
+    @classmethod
+    def open_data(cls, config: Any) -> Any:
+        """The data set that `config.data` names; of text, only the vocabulary is read when needed.
+
+        Raises:
+            ValueError, FileNotFoundError: as `multimax.tasks.build_task`, of the data.
+        """
+        options = config.data.given()
+        return build(cls.data_kind, cls.data_sets, options.pop("name"), options)
+
+    @staticmethod
+    def vocabulary(source: Any) -> Any:
+        """What the numbers in a data set stand for, which has a fingerprint; None if nothing."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def model_options(cls, config: Any, source: Any) -> dict[str, Any]:
+        """Name and options of the model that `config` describes, as `build_model` takes them."""
+
+    @classmethod
+    def build_model(cls, config: Any, source: Any) -> nn.Module:
+        """The model that `config` describes, with new weights.
+
+        Args:
+            config: `model`, `attention` and `output` are read.
+            source: as `open_data` returns it, which decides how large input and output are.
+
+        Raises:
+            ValueError: an option of the model or a normalizer is out of range.
+        """
+        return build_model(cls.models, **cls.model_options(config, source))
 
     def open_loaders(
         self, data: LoadedData, config: Any, rank: int, world_size: int, device: torch.device

@@ -8,11 +8,11 @@ from pydantic import Field
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from multimax.data.images import IMAGE_DATA, build_image_data
+from multimax.data.images import IMAGE_DATA
 from multimax.data.images.base import ImageData
 from multimax.losses import output_loss
 from multimax.metrics import NormalizerRecorder
-from multimax.models.registry import IMAGE_CLASSIFIERS, build_model
+from multimax.models.registry import IMAGE_CLASSIFIERS
 from multimax.normalizers import Normalizer
 from multimax.options import NotNegative, Probability, Rate, Section
 from multimax.tasks.base import (
@@ -62,21 +62,31 @@ class ImageClassification(Task):
     monitor = "valid/top1"
     higher_is_better = True
 
-    def __init__(self, config: Any, rank: int, world_size: int, device: torch.device) -> None:
-        self.data: ImageData = build_image_data(**config.data.given())
-        self.model: nn.Module = build_model(
-            self.models,
-            **config.model.given(),
-            attention=config.attention.given(),
-            output=config.output.given(),
-            num_classes=self.data.num_classes,
-            image_size=self.data.image_size,
-            in_channels=self.data.channels,
-        )
+    def __init__(
+        self,
+        config: Any,
+        source: ImageData,
+        model: nn.Module,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.data: ImageData = source
+        self.model: nn.Module = model
         self.open_loaders(self.data, config, rank, world_size, device)
         self.label_smoothing: float = config.loss.label_smoothing
         batch_size = batch_size_per_process(config, world_size)
         self.mixup: Mixup | None = _build_mixup(config.loss, self.data.num_classes, batch_size)
+
+    @classmethod
+    def model_options(cls, config: Any, source: ImageData) -> dict[str, Any]:
+        return config.model.given() | {
+            "attention": config.attention.given(),
+            "output": config.output.given(),
+            "num_classes": source.num_classes,
+            "image_size": source.image_size,
+            "in_channels": source.channels,
+        }
 
     @property
     def output(self) -> Normalizer:

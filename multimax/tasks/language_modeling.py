@@ -9,13 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from multimax.data.text import TEXT_DATA, build_text_source
+from multimax.data.text import TEXT_DATA
 from multimax.data.text.blocks import TextBatch, TextData
+from multimax.data.text.source import TextSource
 from multimax.data.vocabulary import Vocabulary
 from multimax.metrics import NormalizerRecorder
 from multimax.models.adaptive import AdaptiveOutput
 from multimax.models.output import Output
-from multimax.models.registry import LANGUAGE_MODELS, build_model
+from multimax.models.registry import LANGUAGE_MODELS
 from multimax.models.transformer import LanguageModel
 from multimax.normalizers import Normalizer
 from multimax.options import Rate, Section
@@ -75,13 +76,33 @@ class LanguageModeling(Task):
     monitor = "valid/loss"
     higher_is_better = False
 
-    def __init__(self, config: Any, rank: int, world_size: int, device: torch.device) -> None:
-        self.data: TextData = build_text_source(**config.data.given()).load()
+    def __init__(
+        self,
+        config: Any,
+        source: TextSource,
+        model: nn.Module,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.data: TextData = source.load()
         self.fingerprint: str = self.data.vocabulary.fingerprint
-        model = build_language_model(config, self.data.vocabulary)
-        self.model: LanguageModel = model  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.model: LanguageModel = cast(LanguageModel, model)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.open_loaders(self.data, config, rank, world_size, device)
         self.label_smoothing: float = config.loss.label_smoothing
+
+    @staticmethod
+    def vocabulary(source: TextSource) -> Vocabulary:
+        return source.vocabulary
+
+    @classmethod
+    def model_options(cls, config: Any, source: TextSource) -> dict[str, Any]:
+        return config.model.given() | {
+            "attention": config.attention.given(),
+            "output": config.output.given(),
+            "vocabulary_size": source.vocabulary.size,
+            "padding_index": source.vocabulary.padding_index,
+        }
 
     def describe(self) -> dict[str, str]:
         data, model = self.data, self.model
@@ -135,23 +156,6 @@ class LanguageModeling(Task):
                 features = features[batch.targets != self.model.padding_index]
                 cast(LanguageModel, model).output.probabilities(features[:INSPECTED_ROWS])
         return recorder.summary()
-
-
-def build_language_model(config: Any, vocabulary: Vocabulary) -> LanguageModel:
-    """The model that `config` describes, in `model`, `attention` and `output`.
-
-    Raises:
-        ValueError: an option of the model or a normalizer is out of range.
-    """
-    model = build_model(
-        LANGUAGE_MODELS,
-        **config.model.given(),
-        vocabulary_size=vocabulary.size,
-        padding_index=vocabulary.padding_index,
-        attention=config.attention.given(),
-        output=config.output.given(),
-    )
-    return cast(LanguageModel, model)
 
 
 def smoothed_negative_log_likelihood(

@@ -9,14 +9,14 @@ from pydantic import Field
 from sacrebleu.metrics import BLEU, CHRF
 from torch import Tensor, nn
 
-from multimax.data.pairs import PAIR_DATA, build_pair_source
+from multimax.data.pairs import PAIR_DATA
 from multimax.data.pairs.batches import PairBatch, TokenTrainLoader
-from multimax.data.pairs.sources import Languages, PairData
+from multimax.data.pairs.sources import Languages, PairData, PairSource
 from multimax.data.vocabulary import PairVocabulary
 from multimax.decoding import beam_search
 from multimax.metrics import NormalizerRecorder
 from multimax.models.output import Output
-from multimax.models.registry import TRANSLATION_MODELS, build_model
+from multimax.models.registry import TRANSLATION_MODELS
 from multimax.models.transformer import TranslationModel
 from multimax.options import Section
 from multimax.tasks.base import (
@@ -84,16 +84,38 @@ class Translation(Task):
     monitor = "valid/bleu"
     higher_is_better = True
 
-    def __init__(self, config: Any, rank: int, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Any,
+        source: PairSource,
+        model: nn.Module,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
         self.decoding: Decoding = config.decoding
-        self.data: PairData = build_pair_source(**config.data.given()).load()
-        model = build_translation_model(config, self.data.languages)
-        self.model: TranslationModel = model  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.data: PairData = source.load()
+        self.model: TranslationModel = cast(TranslationModel, model)  # pyright: ignore[reportIncompatibleVariableOverride]
         self._check_beams()
         self.open_loaders(self.data, config, rank, world_size, device)
         self.label_smoothing: float = config.loss.label_smoothing
         self.fingerprint: str = self.data.languages.fingerprint
         self.notes = {"left_out": self.data.left_out}
+
+    @staticmethod
+    def vocabulary(source: PairSource) -> Languages:
+        return source.languages
+
+    @classmethod
+    def model_options(cls, config: Any, source: PairSource) -> dict[str, Any]:
+        languages = source.languages
+        return config.model.given() | {
+            "attention": config.attention.given(),
+            "output": config.output.given(),
+            "source_vocabulary_size": languages.source_vocabulary.size,
+            "target_vocabulary_size": languages.target_vocabulary.size,
+            "padding_index": languages.target_vocabulary.padding_index,
+        }
 
     def _check_beams(self) -> None:
         words = self.data.languages.target_vocabulary.size
@@ -217,24 +239,6 @@ def score_lines(
         metrics["tokenized_bleu"] = tokenized.corpus_score(words, [word_references]).score
         signatures["tokenized_bleu"] = str(tokenized.get_signature())
     return metrics, signatures
-
-
-def build_translation_model(config: Any, languages: Languages) -> TranslationModel:
-    """The model that `config` describes, in `model`, `attention` and `output`.
-
-    Raises:
-        ValueError: an option of the model or a normalizer is out of range.
-    """
-    model = build_model(
-        TRANSLATION_MODELS,
-        **config.model.given(),
-        source_vocabulary_size=languages.source_vocabulary.size,
-        target_vocabulary_size=languages.target_vocabulary.size,
-        padding_index=languages.target_vocabulary.padding_index,
-        attention=config.attention.given(),
-        output=config.output.given(),
-    )
-    return cast(TranslationModel, model)
 
 
 def search_options(decoding: Decoding) -> dict[str, Any]:

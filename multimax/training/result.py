@@ -163,16 +163,7 @@ def now() -> str:
 
 def print_result(console: Console, result: dict[str, Any], folder: Path) -> None:
     """Print the metrics of each split, those of each normalizer, and where everything is."""
-    table = Table(title=f"{result['experiment']} ({result['scale']} scale)", title_justify="left")
-    splits = list(result["metrics"])
-    table.add_column("metric")
-    for split in splits:
-        examples = result["metrics"][split]["examples"]
-        table.add_column(f"{split} (n = {examples:,})", justify="right")
-    names = [name for name in result["metrics"][splits[0]] if name != "examples"]
-    for name in names:
-        table.add_row(name, *(f"{result['metrics'][split][name]:.4g}" for split in splits))
-    console.print(table)
+    print_metrics(console, f"{result['experiment']} ({result['scale']} scale)", result["metrics"])
     _print_normalizers(console, result["normalizers"])
     _print_learned(console, named_scalars(result["learned_scalars"]))
     console.print(
@@ -191,6 +182,24 @@ def print_result(console: Console, result: dict[str, Any], folder: Path) -> None
             soft_wrap=True,
             markup=False,
         )
+
+
+def print_rows(console: Console, rows: Mapping[str, str]) -> None:
+    """Print what a run or an evaluation is of, a name and its value in each line."""
+    for name, value in rows.items():
+        console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True, markup=False)
+
+
+def print_metrics(console: Console, title: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the metrics of each split as a table."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    for split, figures in metrics.items():
+        table.add_column(f"{split} (n = {figures['examples']:,})", justify="right")
+    names = [name for name in next(iter(metrics.values())) if name != "examples"]
+    for name in names:
+        table.add_row(name, *(f"{figures[name]:.4g}" for figures in metrics.values()))
+    console.print(table)
 
 
 def offline_runs(folder: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from rich.console import Console
 
 from multimax.files import digest_file, locked, write_json
@@ -24,6 +22,7 @@ from multimax.training.config import (
     read_config,
     run_folder,
 )
+from multimax.training.evaluation import build_accelerator, evaluate_splits
 from multimax.training.folder import left_only_if_used, save_config, set_aside, wandb_id
 from multimax.training.loggers import JsonLinesLogger, Logger, ProgressDisplay, WandbLogger
 from multimax.training.random_state import seed_everything
@@ -34,6 +33,7 @@ from multimax.training.result import (
     learned_scalars,
     now,
     print_result,
+    print_rows,
 )
 from multimax.training.trainer import Trainer
 
@@ -65,7 +65,7 @@ def run(config: Any, console: Console | None = None) -> dict[str, Any]:
     """
     config = read_config(config)
     check_processes(config, PartialState(cpu=not torch.cuda.is_available()).num_processes)
-    accelerator = _accelerator(config)
+    accelerator = build_accelerator(config)
     try:
         folder = run_folder(config)
         if not accelerator.is_main_process:
@@ -79,25 +79,6 @@ def run(config: Any, console: Console | None = None) -> dict[str, Any]:
     finally:
         # A sweep makes one Accelerator after another; their settings would otherwise be shared.
         AcceleratorState._reset_state()
-
-
-def _accelerator(config: Config) -> Accelerator:
-    precision = config.trainer.precision
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("trainer.precision=fp16 needs a CUDA device: use bf16 or no on a CPU")
-    # Same configuration and seed, same numbers: also on a GPU, where this costs a little speed.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-    return Accelerator(
-        mixed_precision=precision,
-        cpu=not torch.cuda.is_available(),
-        # Ours is trainer.accumulation: without this, a variable of the environment would count.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # Ours is trainer.compile; likewise.
-        dynamo_backend="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
 
 
 def _run(
@@ -148,10 +129,7 @@ def _finish(
         trainer.load_best()
     task, position = trainer.task, trainer.position
     with trainer.interruptible():
-        metrics = {
-            split: trainer.evaluate(split) | {"examples": examples}
-            for split, examples in task.splits.items()
-        }
+        metrics = evaluate_splits(task, trainer.evaluate)
         normalizers = _without_nan(trainer.inspect())
     result = {
         "schema": SCHEMA,
@@ -226,8 +204,7 @@ def _describe(
         f"{config.trainer.precision}",
         "results": str(folder),
     }
-    for name, value in rows.items():
-        console.print(f"{name:<10}{value}", highlight=False, soft_wrap=True, markup=False)
+    print_rows(console, rows)
 
 
 def _loggers(config: Config, folder: Path) -> list[Logger]:

@@ -10,10 +10,11 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from multimax.tasks.base import Task
 from multimax.training.config import Config
+from multimax.training.evaluation import evaluate
 from multimax.training.loggers import Logger, ProgressDisplay
 from multimax.training.non_finite import describe_non_finite
 from multimax.training.random_state import restore_random_state, seed_everything
@@ -190,17 +191,9 @@ class Trainer(RunState):
 
     def evaluate(self, split: str) -> dict[str, float]:
         """Figures of one split; with EMA also those of the averaged weights, as `ema_...`."""
-        metrics = self._evaluate_model(self.task.model, split)
-        if self.ema is not None:
-            averaged = self._evaluate_model(self.ema.module, split)
-            metrics |= {f"ema_{name}": value for name, value in averaged.items()}
-        return metrics
-
-    def _evaluate_model(self, model: nn.Module, split: str) -> dict[str, float]:
-        model.eval()
+        averaged = None if self.ema is None else self.ema.module
         try:
-            with torch.inference_mode(), self.accelerator.autocast():
-                return self.task.evaluate(model, split, self._sum)
+            return evaluate(self.task, averaged, self.accelerator, split)
         except RuntimeError:
             self._stop_in_evaluation()  # another process has gone for the same reason
             raise

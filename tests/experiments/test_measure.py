@@ -2,48 +2,17 @@
 
 import json
 import sys
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from hydra import compose, initialize_config_dir
-from rich.console import Console
+from tiny_runs import DEIT, LM, MT, few_pairs, train, write_text
 
 from experiments import measure as command
-from experiments.measure import load_run, load_scores, measure
+from experiments.measure import load_scores, load_task, measure
 from experiments.scores import EDGES
-from multimax.data.pairs.sources import LibreOfficeHelp
-from multimax.training.run import run
 
-ROOT = Path(__file__).parents[2]
-DEIT = [
-    "experiment=deit_multimax", "debug=two_updates", "model.depth=2", "model.embed_dim=16",
-    "model.num_heads=2", "trainer.batch_size=20",
-]  # fmt: skip
-LM = [
-    "experiment=lm_multimax", "debug=two_updates", "model.depth=1", "model.embed_dim=16",
-    "model.ffn_dim=16", "model.num_heads=2", "data=text_files", "data.vocabulary_size=270",
-    "data.block_size=16", "data.context_window=6", "trainer.batch_size=4",
-]  # fmt: skip
-MT = [
-    "experiment=mt_multimax", "debug=two_updates", "model.encoder_depth=1", "model.decoder_depth=1",
-    "model.embed_dim=16", "model.ffn_dim=16", "model.num_heads=2", "data.vocabulary_size=300",
-    "trainer.batch_size=256", "decoding.beam=1", "decoding.max_len_a=0", "decoding.max_len_b=1",
-]  # fmt: skip
-
-
-def train(folder, overrides):
-    """The folder of a tiny run."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("config", [*overrides, f"output_dir={folder}"])
-    with open("/dev/null", "w") as nowhere:
-        run(config, Console(file=nowhere))
-    AcceleratorState._reset_state()
-    (result,) = folder.rglob("result.json")
-    return result.parent
+__all__ = ["few_pairs"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +38,7 @@ def first_block(task):
 
 
 def test_sampled_rows_are_those_of_their_example_and_head(deit, measured):
-    scores, _ = first_block(load_run(deit)[1])
+    scores, _ = first_block(load_task(deit)[1])
     layer = measured.layers["blocks.0.attn.normalizer"]
     assert layer.scores.dtype == np.float32
     assert len(layer.scores) == 1024
@@ -88,7 +57,7 @@ def test_sampled_rows_are_those_of_their_example_and_head(deit, measured):
 
 
 def test_the_histogram_is_of_all_rows(deit, measured):
-    scores, normalizer = first_block(load_run(deit)[1])
+    scores, normalizer = first_block(load_task(deit)[1])
     with torch.no_grad():
         p = normalizer.double()(scores).flatten().numpy()
     layer = measured.layers["blocks.0.attn.normalizer"]
@@ -125,11 +94,9 @@ def test_exact_zeros_are_counted(tmp_path):
 
 
 def test_a_language_model_counts_each_token_once(tmp_path):
-    text = "the cat sat on the mat\nthe dog ate the hat of the cat\n\n"
-    for split, times in {"train": 30, "valid": 4, "test": 5}.items():
-        (tmp_path / f"{split}.txt").write_text(text * times)
+    write_text(tmp_path)
     folder = train(tmp_path, [*LM, f"data.root={tmp_path}", f"data.cache={tmp_path}"])
-    task = load_run(folder)[1]
+    task = load_task(folder)[1]
     tokens = task.splits["test"]
     scores = measure(folder)
     blocks = -(-tokens // 10)
@@ -148,14 +115,10 @@ def test_a_language_model_counts_each_token_once(tmp_path):
         assert (row[count:] == -np.inf).all()
 
 
-def test_translations_have_three_kinds_of_attention(tmp_path, monkeypatch):
-    columns = LibreOfficeHelp._columns
-    monkeypatch.setattr(
-        LibreOfficeHelp, "_columns", lambda self, split: islice(columns(self, split), 60)
-    )
+def test_translations_have_three_kinds_of_attention(few_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "MOST_SCORES", 20_000)
     folder = train(tmp_path, [*MT, f"data.cache={tmp_path}"])
-    pairs = load_run(folder)[1].data.splits["test"]
+    pairs = load_task(folder)[1].data.splits["test"]
     source, target = pairs.source.lengths, pairs.target.lengths
     layers = measure(folder).layers
     expected = {

@@ -1,11 +1,13 @@
 """The configurations of the language model: those of the paper, and what may differ."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_language_model import ROOT, build
 
 from multimax.data.vocabulary import WordVocabulary
-from multimax.tasks.language_modeling import build_language_model
+from multimax.tasks.language_modeling import LanguageModeling
 from multimax.training.config import run_folder
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs/experiment").glob("lm_*.yaml"))
@@ -77,7 +79,7 @@ def test_sizes_of_the_papers_models(composed):
     for scale, millions in (("paper", 156.0), ("paper_wiki103", 247.0)):
         config = composed("lm_softmax", f"scale={scale}", tiny=False)
         with torch.device("meta"):
-            model = build_language_model(config, words)
+            model = LanguageModeling.build_model(config, SimpleNamespace(vocabulary=words))
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.5)
         assert words.size == 267_744
 

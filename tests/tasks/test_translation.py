@@ -3,6 +3,7 @@ import math
 import threading
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from multimax import EvSoftMax, MultiMax, SoftMax, SparseMax
 from multimax.data.pairs.sources import Languages, LibreOfficeHelp
 from multimax.decoding import beam_search
 from multimax.tasks import build_task, translation
-from multimax.tasks.translation import build_translation_model
+from multimax.tasks.translation import Translation
 from multimax.training.config import read_config
 from multimax.training.run import run
 
@@ -356,5 +357,5 @@ def test_the_paper_recipe_is_fairseqs_transformer_iwslt_de_en():
 
     with torch.device("meta"):  # the sizes of fairseq's dictionaries
         languages = Languages("de", "en", Sized(8848), Sized(6632))
-        network = build_translation_model(config, languages)
+        network = Translation.build_model(config, SimpleNamespace(languages=languages))
     assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == 39.5

@@ -130,7 +130,7 @@ def test_the_figure_has_a_row_for_each_map(tmp_path, monkeypatch):
     models = {"one": model_of(), "other": model_of(seed=1)}
     config = read_config(recorded("table2", "softmax"))
 
-    def load_run(folder):
+    def load_task(folder):
         task = object.__new__(ImageClassification)
         task.model = models[folder.name]
         task.data = type("Data", (), {"class_names": list("abcde")})
@@ -141,7 +141,7 @@ def test_the_figure_has_a_row_for_each_map(tmp_path, monkeypatch):
 
     pair = maps.Pair("multimax2-attention", 0, Path("one"), Path("other"))
     drawn = []
-    monkeypatch.setattr(maps, "load_run", load_run)
+    monkeypatch.setattr(maps, "load_task", load_task)
     monkeypatch.setattr(maps, "find_pair", lambda runs: pair)
     monkeypatch.setattr(maps, "grad_cam", lambda model, images, labels: images.mean(1))
     monkeypatch.setattr(maps, "save", lambda figure, *_: drawn.append(figure) or [])

@@ -1,0 +1,5 @@
+"""`python -m multimax.evaluate`."""
+
+from multimax.evaluate import main
+
+main()

@@ -1,0 +1,3 @@
+from tiny_runs import few_pairs, runs, trained
+
+__all__ = ["few_pairs", "runs", "trained"]
