@@ -7,7 +7,7 @@ FAIRSEQ_RUN := $(FAIRSEQ_VENV)/bin/python
 PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-fairseq test-sanitized coverage lint types benchmark clean
+.PHONY: help setup demo test test-fast test-fairseq test-sanitized coverage lint types docs benchmark clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s%s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ lint: setup ## ruff: lint and format
 types: setup ## pyright on the package
 	$(RUN) -m pyright
 
+docs: setup ## the documentation site, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+
 benchmark: setup ## speed and memory next to torch, timm, the entmax package and the official code
 	$(RUN) -m benchmarks.normalizers
 	$(RUN) -m benchmarks.attention
@@ -69,4 +72,4 @@ benchmark: setup ## speed and memory next to torch, timm, the entmax package and
 
 clean: ## remove .venv and caches; outputs/ stays
 	rm -rf $(VENV) $(FAIRSEQ_VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info \
-		.coverage .coverage.* coverage.xml htmlcov
+		.coverage .coverage.* coverage.xml htmlcov site

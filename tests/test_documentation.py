@@ -29,7 +29,7 @@ ELSEWHERE = {"train/", "val/", "wds/", "hfds/", "hfids/", "config.yaml"}
 SUFFIX = r"\.(py|sh|c|h|md|toml|txt|ya?ml|cff|csv|png)"
 # Arguments of train.py with a setting, up to a comment or another command; no "<placeholders>".
 TRAINING = r"\btrain\.py (?=[^`#\n|&;<>$]*=)([^`#\n|&;<>$]*+)(?![<$])"
-NOT_OURS = {"outputs", "wandb", "build", "dist", "htmlcov", "__pycache__"}
+NOT_OURS = {"outputs", "wandb", "build", "dist", "htmlcov", "site", "__pycache__"}
 
 
 def code(document):

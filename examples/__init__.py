@@ -1,0 +1,1 @@
+"""Examples on pretrained weights that packages carry."""
