@@ -121,7 +121,9 @@ def test_what_came_with_the_package_is_loaded_and_nothing_compiled(
     monkeypatch.setattr(sys, "argv", ["kernels"])
     assert main() == 0
     said = capsys.readouterr().out.splitlines()
-    for name, precision, line in zip(("float32", "float64"), ("float", "double"), said, strict=True):
+    for name, precision, line in zip(
+        ("float32", "float64"), ("float", "double"), said, strict=True
+    ):
         assert line.startswith(f"{name}: came with the package, {folder}/kernels-{precision}-{V3}-")
 
 
