@@ -53,7 +53,7 @@ class Wheel(bdist_wheel):
         if not wanted():
             return super().get_tag()
         kernels = prebuilt()
-        folder = Path(self.bdist_dir, "multimax/kernels", kernels.FOLDER.name)
+        folder = Path(str(self.bdist_dir), "multimax/kernels", kernels.FOLDER.name)
         return "py3", "none", kernels.platform_tag(folder)
 
 

@@ -23,7 +23,7 @@ def main() -> None:
     commands = [f"  {name:<22}{does}" for name, (_, does, _) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="multimax",
-        description=multimax.__doc__.partition("\n")[0],
+        description="MultiMax and its peers: the commands of the library.",
         epilog="\n".join(["commands:", *commands]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
