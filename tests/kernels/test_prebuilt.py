@@ -127,7 +127,7 @@ def test_what_came_with_the_package_is_loaded_and_nothing_compiled(
     assert Path(load()._name).parent == folder
     assert (compiler.runs(), capsys.readouterr()) == (0, ("", ""))
     monkeypatch.setattr(sys, "argv", ["multimax", "kernels"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main()
     said = capsys.readouterr().out.splitlines()
     for name, precision, line in zip(
