@@ -7,7 +7,7 @@ FAIRSEQ_RUN := $(FAIRSEQ_VENV)/bin/python
 PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-fairseq test-sanitized coverage lint types docs benchmark clean
+.PHONY: help setup demo test test-fast test-fairseq test-sanitized coverage lint types docs benchmark wheels clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s%s\n", $$1, $$2}'
@@ -70,6 +70,13 @@ benchmark: setup ## speed and memory next to torch, timm, the entmax package and
 	$(RUN) -m benchmarks.deit_step
 	$(RUN) -m benchmarks.output_layer
 
-clean: ## remove .venv and caches; outputs/ stays
-	rm -rf $(VENV) $(FAIRSEQ_VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info \
+wheels: ## dist/: source, a wheel for all, and one with compiled kernels (Linux on x86-64)
+	rm -rf build dist
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip install --quiet --disable-pip-version-check build
+	build/venv/bin/python -m build
+	MULTIMAX_PREBUILT=1 build/venv/bin/python -m build --wheel
+
+clean: ## remove .venv, wheels and caches; outputs/ stays
+	rm -rf $(VENV) $(FAIRSEQ_VENV) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info \
 		.coverage .coverage.* coverage.xml htmlcov site

@@ -9,8 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 RESUME = "Free some space and run the same command again: it goes on where it stopped"
 OTHER_CHECKPOINT = "give another one, or start afresh with resume=never"
 
@@ -93,6 +91,7 @@ def user_cache() -> Path:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint of tensors and plain Python values atomically."""
+    import torch  # not above: setup.py imports this where torch is not installed
 
     def write(stream: BinaryIO) -> None:
         try:
@@ -112,6 +111,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: the file is truncated or not a checkpoint.
     """
+    import torch
+
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}: give the path of a last.pt or best.pt")
     try:

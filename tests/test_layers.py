@@ -35,7 +35,7 @@ def sources(root=ROOT):
     files = defaultdict(list)
     for file in sorted((root / "multimax").rglob("*.py")):
         room = file.relative_to(root / "multimax").parts[0].removesuffix(".py")
-        if room != "__init__" and "embedded" not in file.parts:
+        if room not in ("__init__", "__main__") and "embedded" not in file.parts:
             files[room].append(file)
     for folder in ("experiments", "benchmarks"):
         files[folder] = sorted((root / folder).rglob("*.py"))

@@ -1,13 +1,31 @@
-"""What the loaders of all data sets share: their interface, shares of ranks, and seeds."""
+"""What all data sets share: where embedded ones lie, loaders, shares of ranks, and seeds."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 SPLITS = ("train", "valid", "test")
+EMBEDDED = Path(__file__).with_name("embedded")  # in the repository; a wheel has no data
+
+
+def embedded_file(data_set: str, name: str) -> Path:
+    """A file of an embedded data set.
+
+    Raises:
+        FileNotFoundError: it is not there, as in a wheel.
+    """
+    path = EMBEDDED / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the embedded data set {data_set} is not here, there is no {path}: wheels hold the "
+            "library without data. Install from the repository: pip install -e '.[train]' in a "
+            "checkout, or run train.py there; or choose another data set (data=...)"
+        )
+    return path
 
 
 class TrainLoader(ABC):

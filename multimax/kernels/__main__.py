@@ -8,7 +8,7 @@ from multimax.kernels import c_build, c_library
 
 
 def main() -> int:
-    """Compile for fp32 and fp64 what is not kept yet; 1 if one is missing or cannot be kept."""
+    """Compile for fp32 and fp64 what is not there yet; 1 if one is missing or cannot be kept."""
     description = (
         "Compile the CPU kernels of multimax, which else happens when they are first used."
     )
@@ -16,6 +16,10 @@ def main() -> int:
     failed = False
     for dtype in c_library.DTYPES:
         name = str(dtype).removeprefix("torch.")
+        library = c_library.load_prebuilt(dtype)
+        if library is not None:
+            print(f"{name}: came with the package, {library._name}", flush=True)
+            continue
         try:
             path, start = c_build.find_library(dtype), time.monotonic()
             how = "kept already"

@@ -5,6 +5,8 @@ what it was made of, for what processor and by what compiler, so that a home dir
 between machines; one that is kept for this processor is used without a compiler.
 """
 
+from __future__ import annotations
+
 import atexit
 import os
 import platform
@@ -19,10 +21,12 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from multimax.files import digest, user_cache, write_atomically
+
+if TYPE_CHECKING:  # setup.py compiles where torch is not installed
+    import torch
 
 # Whatever speeds up loops without changing how infinities and NaN are treated.
 FLAGS = ["-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
@@ -67,15 +71,13 @@ def compile_library(dtype: torch.dtype) -> Path:
     """
     compiler = find_compiler()
     with tempfile.TemporaryDirectory(prefix="multimax-") as folder:
-        for file, content in _sources().items():
-            (Path(folder) / file).write_bytes(content)
-        units = [str(Path(folder) / file) for file in _sources() if file.endswith(".c")]
-        macros = ["-DDOUBLE"] if dtype == torch.float64 else []
+        units = write_sources(Path(folder))
+        macros = ["-DDOUBLE"] if precision(dtype) == "double" else []
         built = Path(folder) / "kernels.so"
         for optional in OPTIONAL:
             last = optional == OPTIONAL[-1]
             arguments = [*FLAGS, *optional, *macros, *units, "-o", str(built), "-lm"]
-            if _run(compiler, arguments, COMPILE_SECONDS, must=last) is not None:
+            if run(compiler, arguments, COMPILE_SECONDS, must=last) is not None:
                 break
         content = built.read_bytes()
     described = f"{_name(dtype)}-{_processor() or 'unknown'}-{_target(tuple(compiler))}"
@@ -115,6 +117,13 @@ def find_compiler() -> list[str]:
     return command
 
 
+def write_sources(folder: Path) -> list[str]:
+    """Copy `csrc/` into a folder, and return the files to compile."""
+    for file, content in sources().items():
+        (folder / file).write_bytes(content)
+    return [str(folder / file) for file in sources() if file.endswith(".c")]
+
+
 def cache_folder() -> Path:
     """Where libraries are kept, whether or not it is there; RuntimeError without a home."""
     return user_cache() / "kernels"
@@ -142,6 +151,11 @@ def distrust(path: Path) -> str | None:
     return None
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a name ends with the digest of its content: half a library would end the process."""
+    return path.stem.endswith(f"-{digest(path.read_bytes())}")
+
+
 def _kept(pattern: str) -> Path | None:
     """The newest whole library of this name that only the user and root can have written."""
     try:
@@ -149,8 +163,7 @@ def _kept(pattern: str) -> Path | None:
         if distrust(folder):
             return None
         found = [path for path in folder.glob(pattern) if not distrust(path)]
-        # A name ends with the digest of its content: loading half a file would end the process.
-        whole = [p for p in found if p.stem.endswith(f"-{digest(p.read_bytes())}")]
+        whole = filter(is_whole, found)
         return max(whole, key=lambda path: path.stat().st_mtime, default=None)
     except (OSError, RuntimeError):  # it is not there or cannot be read; there is no home
         return None
@@ -178,7 +191,8 @@ def _folder_to_write() -> Path:
 
 
 @cache
-def _sources() -> dict[str, bytes]:
+def sources() -> dict[str, bytes]:
+    """The files of `csrc/` by name."""
     folder = resources.files("multimax.kernels") / "csrc"
     files = sorted(folder.iterdir(), key=lambda path: path.name)
     return {path.name: path.read_bytes() for path in files if path.name.endswith((".c", ".h"))}
@@ -187,8 +201,13 @@ def _sources() -> dict[str, bytes]:
 def _name(dtype: torch.dtype) -> str:
     """The part of a library's name that says what it is compiled from."""
     options = repr((FLAGS, OPTIONAL, platform.machine(), platform.libc_ver()))
-    key = digest(b"\0".join([*_sources().values(), options.encode()]))
-    return f"kernels-{'double' if dtype == torch.float64 else 'float'}-{key}"
+    key = digest(b"\0".join([*sources().values(), options.encode()]))
+    return f"kernels-{precision(dtype)}-{key}"
+
+
+def precision(dtype: torch.dtype) -> str:
+    """What C calls fp32 and fp64."""
+    return "double" if dtype.itemsize == 8 else "float"
 
 
 def _processor() -> str | None:
@@ -215,13 +234,13 @@ def _target(compiler: tuple[str, ...]) -> str:
         NoLibraryError: it does not answer.
     """
     question = ["-dM", "-E", "-x", "c", os.devnull]
-    native = _run(compiler, [*FLAGS, "-march=native", *question], ASK_SECONDS, must=False)
+    native = run(compiler, [*FLAGS, "-march=native", *question], ASK_SECONDS, must=False)
     if native is None:
-        native = _run(compiler, [*FLAGS, *question], ASK_SECONDS, must=True)
+        native = run(compiler, [*FLAGS, *question], ASK_SECONDS, must=True)
     return digest(repr((compiler, native)))
 
 
-def _run(
+def run(
     compiler: Sequence[str], arguments: Sequence[str], seconds: float, must: bool
 ) -> bytes | None:
     """What the compiler prints; None if it fails, NoLibraryError if it `must` not, or hangs."""

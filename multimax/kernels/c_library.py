@@ -1,8 +1,8 @@
-"""The C kernels in `csrc/`: compiled when they are first needed, then kept on disk.
+"""The C kernels in `csrc/`: those that came with the package, else compiled when first needed.
 
-They need a C compiler (`CC`, else `cc`, `gcc` or `clang`) and no header but C's own; it takes some
-seconds for each of fp32 and fp64. Without one, everything runs on torch operations, and
-`unavailable()` says why.
+What is compiled is kept on disk. It takes a C compiler (`CC`, else `cc`, `gcc` or `clang`), no
+header but C's own, and some seconds for each of fp32 and fp64. Without one, everything runs on
+torch operations, and `unavailable()` says why.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from multimax.kernels import c_build
+from multimax.kernels import c_build, prebuilt
 
 
 def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
@@ -165,17 +165,34 @@ def _library_or_reason(dtype: torch.dtype) -> ctypes.CDLL | str:
 
 @cache
 def _load(dtype: torch.dtype) -> ctypes.CDLL | str:
+    library = load_prebuilt(dtype)
     try:
-        path = c_build.find_library(dtype)
-        if path is None:
-            _announce(dtype)
-            path = c_build.compile_library(dtype)
-        library = ctypes.CDLL(str(path))
+        if library is None:
+            path = c_build.find_library(dtype)
+            if path is None:
+                _announce(dtype)
+                path = c_build.compile_library(dtype)
+            library = ctypes.CDLL(str(path))
     except (OSError, c_build.NoLibraryError) as error:
         return str(error)
     for name, arguments in SIGNATURES.items():
         getattr(library, name).argtypes = arguments
     return _mismatch(library) or library
+
+
+def load_prebuilt(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels that came with the package; None if there are none for this processor.
+
+    Some that cannot be loaded are reported, and then compiled as if there were none.
+    """
+    path = prebuilt.find_prebuilt(c_build.precision(dtype))
+    if path is None:
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # an OpenMP that is not torch's, say
+        print(f"multimax cannot load its prebuilt CPU kernels: {error}", file=sys.stderr)
+        return None
 
 
 def _announce(dtype: torch.dtype) -> None:

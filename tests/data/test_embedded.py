@@ -9,6 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from multimax.data import loading
+from multimax.data.images import build_image_data
+from multimax.data.pairs import build_pair_source
+from multimax.data.text import build_text_source
+
 EMBEDDED = resources.files("multimax.data") / "embedded"
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 EVALUATION = ("valid", "test")
@@ -78,6 +83,28 @@ def test_sentence_pairs(pairs):
     said = " / ".join(f"{size:,}" for size in sizes)
     assert f"{said}; split by document, no source or target sentence occurs twice" in README
     assert first_line("libreoffice_help").startswith(f"# {sum(sizes):,} German-English")
+
+
+TEXT = dict(vocabulary_size=500, block_size=8, context_window=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "load"),
+    [
+        ("fashion_mnist_subset", "fashion_mnist_10k.npz", build_image_data),
+        ("wikipedia", "wikipedia_en.", lambda name: build_text_source(name, **TEXT).load()),
+        (
+            "libreoffice_help",
+            "libreoffice_help.de-en.",
+            lambda name: build_pair_source(name).load(),
+        ),
+    ],
+)
+def test_a_data_set_that_is_not_there_as_in_a_wheel(tmp_path, monkeypatch, name, file, load):
+    monkeypatch.setattr(loading, "EMBEDDED", tmp_path)
+    found = rf"embedded data set {name} is not here, there is no {tmp_path}/{re.escape(file)}.*: "
+    with pytest.raises(FileNotFoundError, match=f"{found}wheels .* Install from the repository: "):
+        load(name)
 
 
 def edit_distance(one, other):

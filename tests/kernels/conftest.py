@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from multimax.kernels import c_build
+from multimax.kernels import c_build, prebuilt
 
 INTERPRETED = not torch.cuda.is_available()
 if INTERPRETED:
@@ -40,7 +40,13 @@ def bfloat16_products(monkeypatch):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def none_prebuilt(tmp_path, monkeypatch):
+    """The package came without compiled kernels, as from the repository."""
+    monkeypatch.setattr(prebuilt, "FOLDER", tmp_path / "none")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch, none_prebuilt):
     """The folder where libraries are kept during the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield tmp_path / "cache" / "multimax" / "kernels"
@@ -55,7 +61,7 @@ def library():
 
 
 @pytest.fixture
-def compiler(library, tmp_path, monkeypatch):
+def compiler(library, tmp_path, monkeypatch, none_prebuilt):
     """Makes CC a quick compiler that counts its runs."""
     runs = tmp_path / "runs"
 

@@ -5,12 +5,8 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,23 +125,3 @@ def test_a_plain_compiler_and_no_place_to_keep_the_library(tmp_path):
     assert named == [2, 3, 40, 8]
     # Torch itself may leave a folder of its compiler's there.
     assert [path for path in temporary.iterdir() if "torchinductor" not in path.name] == []
-
-
-def test_what_is_no_module_is_in_the_wheel_and_in_the_source_distribution(tmp_path):
-    sources = {path.name for path in (resources.files("multimax.kernels") / "csrc").iterdir()}
-    assert {"rows.h", "softmax.c", "attention.c"} <= sources
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "multimax/kernels", tmp_path / "multimax/kernels")
-    for name in ("__init__.py", "py.typed"):
-        shutil.copy(ROOT / "multimax" / name, tmp_path / "multimax")
-    build = "from setuptools.build_meta import *; build_wheel('dist'); build_sdist('dist')"
-    done = subprocess.run(
-        [sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    (wheel,), (archive,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
-    needed = {f"multimax/kernels/csrc/{name}" for name in sources} | {"multimax/py.typed"}
-    assert needed <= set(zipfile.ZipFile(wheel).namelist())
-    with tarfile.open(archive) as members:
-        assert needed <= {name.partition("/")[2] for name in members.getnames()}

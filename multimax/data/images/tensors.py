@@ -1,12 +1,10 @@
 """Small image data sets that are held in memory: Fashion-MNIST, embedded or from its files."""
 
 import gzip
-import io
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from multimax.data.loading import (
     TrainLoader,
     batches_per_epoch,
     derive_seed,
+    embedded_file,
     share,
 )
 from multimax.files import digest_parts
@@ -135,8 +134,7 @@ def fashion_mnist_subset(
         ValueError: an option is out of range.
     """
     augmentation = Augmentation(crop_padding, horizontal_flip, random_erasing)
-    file = resources.files("multimax.data.embedded") / "fashion_mnist_10k.npz"
-    with np.load(io.BytesIO(file.read_bytes())) as arrays:
+    with np.load(embedded_file("fashion_mnist_subset", "fashion_mnist_10k.npz")) as arrays:
         splits = {
             split: (arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in _IDX_FILES
         }

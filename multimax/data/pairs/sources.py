@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import resources
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from multimax.data.loading import SPLITS, LoadedData
+from multimax.data.loading import SPLITS, LoadedData, embedded_file
 from multimax.data.pairs.batches import Pairs, Sentences, TokenEvalLoader, TokenTrainLoader
 from multimax.data.text.files import byte_pairs
 from multimax.data.vocabulary import BytePairs, BytePairSize, MosesSubwords, PairVocabulary
@@ -229,11 +228,10 @@ class LibreOfficeHelp(PairSource):
             yield (german, english) if self.source == "de" else (english, german)
 
     def _columns(self, split: str) -> Iterator[Line]:
-        file = resources.files("multimax.data.embedded") / f"libreoffice_help.de-en.{split}.tsv.gz"
-        with file.open("rb") as stream:
-            for line in gzip.decompress(stream.read()).decode().rstrip("\n").split("\n"):
-                german, english = line.split("\t")
-                yield german, english
+        file = embedded_file(self.name, f"libreoffice_help.de-en.{split}.tsv.gz")
+        for line in gzip.decompress(file.read_bytes()).decode().rstrip("\n").split("\n"):
+            german, english = line.split("\t")
+            yield german, english
 
 
 class Iwslt14(PairSource):

@@ -4,15 +4,13 @@ import gzip
 import zlib
 from abc import abstractmethod
 from functools import cached_property
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from multimax.data.loading import SPLITS
+from multimax.data.loading import SPLITS, embedded_file
 from multimax.data.text.blocks import TextData
 from multimax.data.text.source import TextSource
 from multimax.data.vocabulary import BytePairSize, BytePairVocabulary
@@ -44,7 +42,7 @@ class TextFileSource(TextSource):
         self.cache: str | None = cache
 
     @abstractmethod
-    def file(self, split: str) -> Traversable:
+    def file(self, split: str) -> Path:
         """The text of a split in UTF-8, gzipped if its name ends with ".gz".
 
         Raises:
@@ -86,8 +84,8 @@ class Wikipedia(TextFileSource):
 
     name = "wikipedia"
 
-    def file(self, split: str) -> Traversable:
-        return resources.files("multimax.data") / "embedded" / f"wikipedia_en.{split}.txt.gz"
+    def file(self, split: str) -> Path:
+        return embedded_file(self.name, f"wikipedia_en.{split}.txt.gz")
 
 
 class TextFiles(TextFileSource):
@@ -119,7 +117,7 @@ class TextFiles(TextFileSource):
         self.root: Path = Path(root)
         self.name: str = self.root.name
 
-    def file(self, split: str) -> Traversable:
+    def file(self, split: str) -> Path:
         places = [self.root / f"{split}.txt", self.root / f"{split}.txt.gz"]
         place = next((place for place in places if place.is_file()), None)
         if place is None:
@@ -127,7 +125,7 @@ class TextFiles(TextFileSource):
         return place
 
 
-def read_lines(path: Traversable) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """The lines of a text without their ends, which are "\\n" alone.
 
     Raises:
