@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
-
-from multimax import build_normalizer, registered_normalizers
+from normalizer_cases import CASES, build_case
 
 # Settings of whoever runs the tests, which are not those of the tests; a test that is about them
 # sets its own. What is started in a process of its own is spared them too.
@@ -25,34 +24,6 @@ settings.register_profile(
 settings.load_profile("repeatable")
 torch.set_num_threads(1)
 
-# Every registered normalizer with its defaults, and options that take another path.
-CASES: dict[str, tuple[str, dict]] = {name: (name, {}) for name in registered_normalizers()}
-CASES |= {
-    "softmax-cold": ("softmax", {"temperature": 0.5}),
-    "softmax-learned": ("softmax", {"temperature": 2.0, "learned": True}),
-    "topk-1": ("topk", {"k": 1}),
-    "topk-3": ("topk", {"k": 3}),
-    "entmax-softmax": ("entmax", {"alpha": 1.0}),
-    "entmax-1.2": ("entmax", {"alpha": 1.2}),
-    "entmax-2.5": ("entmax", {"alpha": 2.5}),
-    "entmax-learned": ("entmax", {"alpha": 1.4, "learned": True}),
-    "evsoftmax-training": ("evsoftmax", {"floor": 1e-3}),
-    "multimax-identity": ("multimax", {"init": "identity"}),
-    "multimax-1": ("multimax", {"order": 1}),
-    "multimax-3": ("multimax", {"order": 3}),
-    "multimax-affine": ("multimax", {"affine": True}),
-    "multimax-before-scale": ("multimax", {"affine": True, "score_scale": 0.4}),
-}
-
-
-def _build(case):
-    name, options = CASES[case]
-    module = build_normalizer(name, **options)
-    with torch.no_grad():
-        for parameter in module.parameters():  # away from the symmetric or identity start
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module.train(case.endswith("training"))
-
 
 @pytest.fixture(autouse=True)
 def _seed():
@@ -62,13 +33,13 @@ def _seed():
 @pytest.fixture(params=CASES)
 def normalizer(request, _seed):
     """Each case in turn, with learned scalars at a random place."""
-    return _build(request.param)
+    return build_case(request.param)
 
 
 @pytest.fixture(params=[case for case, (name, _) in CASES.items() if name != "multimax"])
 def order_preserving(request, _seed):
     """The cases that look at differences of scores only, and never give a larger score less."""
-    return _build(request.param)
+    return build_case(request.param)
 
 
 @pytest.fixture

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from multimax.functional import function_transforms_active
+
 BACKENDS = ("auto", "eager", "c", "triton")
 
 # The open `use_backend` blocks of this thread or asyncio task, each with an identity of its own:
@@ -69,8 +71,19 @@ def refuse(name: str, what: Any, reason: str) -> NoReturn:
     raise ValueError(f"backend {name!r} cannot compute {what}: {reason}")
 
 
+def graph_obstacle() -> str | None:
+    """Why what runs now cannot be a kernel, of whatever tensors; None if it can."""
+    if torch.compiler.is_exporting():
+        return "exported programs hold torch operations alone"
+    if function_transforms_active():
+        return "function transforms such as vmap need torch operations"
+    return None
+
+
 def triton_obstacle(tensor: Tensor) -> str | None:
     """Why the Triton kernels cannot work on a tensor; None if they can."""
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {tensor.device}, it runs on CUDA"
-    return None if find_spec("triton") else "Triton is not installed: pip install triton"
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    return graph_obstacle()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from multimax import functional
 from multimax.kernels import c_library
-from multimax.kernels.backend import chosen_backend, refuse
+from multimax.kernels.backend import chosen_backend, graph_obstacle, refuse
 
 MOST_ORDER = 2  # of the modulator
 NO_MODULATOR = f"it is no SoftMax of scores with a modulator of order <= {MOST_ORDER}"
@@ -50,10 +50,9 @@ def obstacle(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
         return f"the tensors are on {tensor.device}, it runs on the CPU"
     if tensor.numel() == 0 or tensor.dim() == 0:
         return "there is nothing to compute"
-    if torch.compiler.is_exporting():
-        return "exported programs hold torch operations alone"
-    if functional.function_transforms_active():
-        return "function transforms such as vmap need torch operations"
+    unavailable = graph_obstacle()
+    if unavailable:
+        return unavailable
     return c_library.unavailable(dtype or torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multimax.functional import values_known
+from multimax.functional import function_transforms_active, values_known
 from multimax.losses import linear_output_loss, output_loss
 from multimax.models.output import word_embedding
 from multimax.normalizers import Normalizer, build_normalizer
@@ -81,7 +81,7 @@ class AdaptiveInput(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embeddings (..., embed_dim) of tokens (...)."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or function_transforms_active():
             return self._embed_without_choosing(tokens)
         flat = tokens.reshape(-1)
         rows, parts = [], []
@@ -94,7 +94,7 @@ class AdaptiveInput(nn.Module):
         return embedded.to(self._float_tensor.dtype)  # the residual stream is not autocast
 
     def _embed_without_choosing(self, tokens: Tensor) -> Tensor:
-        """`forward` of fixed shapes, for a graph: every band embeds all tokens."""
+        """`forward` of fixed shapes, for a graph or vmap: every band embeds all tokens."""
         embedded = None
         for (start, end), band in zip(self._ranges(), self.embeddings, strict=True):
             # A token outside the vocabulary stays outside of its table, which is an error.

@@ -48,19 +48,14 @@ def _solve(shifted: Tensor, excess: float | Tensor, dim: int) -> Tensor:
 
 
 def _solve_in_one_graph(shifted: Tensor, excess: float | Tensor, dim: int) -> Tensor:
-    # Exactly as many halvings as the threshold has bits, down to where rows of a million need it.
-    halvings = 64 if shifted.dtype == torch.float32 else 110
-
-    def threshold(scaled: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
-        return _bisect(scaled, alpha, dim, halvings)
-
     if not isinstance(excess, Tensor):
         if excess < NEAR_ONE:
             return _near_one(shifted, excess, dim, EXPORTED_STEPS)
-        return _power(shifted, excess, dim, threshold)
+        return _power(shifted, excess, dim, _sort if excess in (0.5, 1) else _bisect_in_one_graph)
     near = excess < NEAR_ONE
     close = _near_one(shifted, excess.where(near, 0.0), dim, EXPORTED_STEPS)
-    return close.where(near, _power(shifted, excess.where(~near, 1), dim, threshold))
+    far = _power(shifted, excess.where(~near, 1), dim, _bisect_in_one_graph)
+    return close.where(near, far)
 
 
 # torch.compile calls it and vmap knows how to: its loops end when the numbers say so.
@@ -174,18 +169,51 @@ def _mass_and_slope(scaled, threshold, alpha, exponent, dim) -> tuple[Tensor, Te
     return mass, 2 * base.sum(dim, keepdim=True)
 
 
-def _bisect(scaled: Tensor, alpha: float | Tensor, dim: int, steps: int = 0) -> Tensor:
-    """The threshold by bisection until neighbours are left; `steps`, if not 0, are all made."""
+def _bisect(scaled: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
+    """The threshold by bisection until neighbours are left."""
     exponent = 1 / (alpha - 1)
     low = torch.full_like(scaled.narrow(dim, 0, 1), -1.0)
     high = torch.zeros_like(low)
-    for _ in range(steps or MAX_STEPS):
+    for _ in range(MAX_STEPS):
         middle = (low + high) / 2
-        if not steps and ((middle == low) | (middle == high)).all():
+        if ((middle == low) | (middle == high)).all():
             break
         enough = (torch.relu(scaled - middle) ** exponent).sum(dim, keepdim=True) >= 1
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     return low
+
+
+def _bisect_in_one_graph(scaled: Tensor, alpha: float | Tensor, dim: int) -> Tensor:
+    """The threshold by as many bisections, at geometric means, as its magnitude has digits."""
+    exponent = 1 / (alpha - 1)
+    low = torch.full_like(scaled.narrow(dim, 0, 1), 2.0**-62)  # -2^-62 in rows beyond 10^6 alone
+    high = torch.ones_like(low)
+    for _ in range(30 if scaled.dtype == torch.float32 else 59):
+        middle = (low * high).sqrt()
+        enough = (torch.relu(scaled + middle) ** exponent).sum(dim, keepdim=True) >= 1
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return -high
+
+
+def _sort(scaled: Tensor, alpha: float, dim: int) -> Tensor:
+    """The threshold for alpha = 1.5 and 2 in closed form, then without the rounding of its sums.
+
+    Source: Peters et al., Sparse Sequence-to-Sequence Models, ACL 2019, Algorithm 2.
+    """
+    # Of the row's largest 1, 2, ... entries each; those below -1, such as -inf, get nothing.
+    largest = scaled.sort(dim, descending=True).values.clamp_min(-1.0)
+    count, total = torch.ones_like(largest).cumsum(dim), largest.cumsum(dim)
+    if alpha == 2:
+        thresholds = (total - 1) / count
+    else:
+        spread = (largest * largest).cumsum(dim) - total * total / count
+        thresholds = total / count - torch.relu((1 - spread) / count).sqrt()
+    inside = thresholds <= largest
+    threshold = thresholds.where(inside, -1.0).amax(dim, keepdim=True)
+    for _ in range(3):
+        mass, slope = _mass_and_slope(scaled, threshold, alpha, 1 / (alpha - 1), dim)
+        threshold = (threshold + (mass - 1) / slope).clamp(-1.0, 0.0).nan_to_num(-1.0)
+    return threshold
 
 
 def curvature(y: Tensor) -> Tensor:

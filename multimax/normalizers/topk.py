@@ -3,6 +3,7 @@
 import numbers
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from multimax.functional import check_mask, to_compute_precision
@@ -41,13 +42,17 @@ def topk(scores: Tensor, k: int, dim: int = -1, mask: Tensor | None = None) -> T
 
 def _keep(scores: Tensor, k: int, dim: int, mask: Tensor | None) -> Tensor:
     scores = scores.detach()
-    if scores.dim() == 0 or k >= scores.size(dim):
+    exporting = torch.compiler.is_exporting()
+    if scores.dim() == 0 or (not exporting and k >= scores.size(dim)):
         return torch.ones_like(scores, dtype=torch.bool)
     if c_rows.usable(scores, "topk"):
         return ~(scores < c_rows.kth_largest(scores, k, dim, mask))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    largest = scores.topk(k, dim).values
+    candidates = scores
+    if exporting:  # rows may have fewer entries than k or more, whatever the example's have
+        candidates = F.pad(scores.movedim(dim, -1), (0, k), value=-torch.inf).movedim(-1, dim)
+    largest = candidates.topk(k, dim).values
     # NaN, and so the whole row is kept and becomes NaN, if the first is NaN or infinite.
     spoilt = largest.narrow(dim, 0, 1) * 0
     return ~(scores < largest.narrow(dim, k - 1, 1) + spoilt)

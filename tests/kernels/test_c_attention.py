@@ -162,7 +162,9 @@ def test_each_gradient_alone(multimax, index):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 2e-3)]
+    ("dtype", "tolerance"),
+    # In fp32 one draw in a hundred exceeds 1e-5, on other processors other ones.
+    [(torch.float32, 2e-5), (torch.bfloat16, 5e-2), (torch.float16, 2e-3)],
 )
 def test_precision(normalizer, dtype, tolerance, causal):
     """Halves are computed in fp32: what is left is the rounding of output and gradients.
