@@ -91,14 +91,19 @@ def train(
     model, generator = prepare(example, options), random.Random(seed)
     optimizer = torch.optim.Adam(normalizer_parameters(model), lr=rate)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=updates)
-    progress = tqdm(range(updates), desc=f"{options['name']} {rate:g} seed {seed}", leave=False)
-    for _ in progress:
+    title = f"{options['name']}, learning rate {rate:g}, seed {seed}"
+    first = last = float("nan")
+    progress = tqdm(range(updates), desc=title, leave=False, disable=None)  # in terminals
+    for update in progress:
         loss = example.loss(model, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+        last = loss.item()
+        first = last if update == 0 else first
+        progress.set_postfix(loss=f"{last:.3f}")
+    print(f"{title}: loss {first:.3f} -> {last:.3f} in {updates} updates", flush=True)
     return model
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -27,11 +28,14 @@ class AttentionClass:
     Args:
         biased_scores: its SoftMax gets scores to which a finite bias has been added already, so
             that only `bias_place="before"` is possible.
+        finite_mask: it masks by adding a finite number such as -100, which a modulator could lift,
+            so that only `bias_place="after"` is possible.
         refused: why no other normalizer can take the place of its SoftMax.
         not_attention: what its SoftMax is for, if not for attention: it is left alone.
     """
 
     biased_scores: bool = False
+    finite_mask: bool = False
     refused: str | None = None
     not_attention: str | None = None
 
@@ -51,11 +55,12 @@ def known_class(cls: type[nn.Module]) -> AttentionClass | None:
     return known_classes().get(qualified_name(defining_class(cls)))
 
 
+@cache
 def known_classes() -> dict[str, AttentionClass]:
     """All known attention classes by their qualified names."""
-    from multimax.replacement import plain_torch
+    from multimax.replacement import plain_torch, timm_classes
 
-    return {**plain_torch.CLASSES}
+    return {**plain_torch.CLASSES, **timm_classes.CLASSES}
 
 
 def normalizes(cls: type[nn.Module]) -> bool:

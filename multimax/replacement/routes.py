@@ -65,18 +65,27 @@ def find(model: nn.Module, also: Collection[type[nn.Module]], bias_place: str) -
     for name, module in _outermost(model, lambda module: _describe(module, also) is not None):
         kind = _describe(module, also)
         assert kind is not None
-        obstacle = kind.refused
-        if kind.biased_scores and bias_place == "after":
-            obstacle = (
-                "its SoftMax gets scores with a bias in them, so that the bias would be modulated "
-                'too: allow that by bias_place="before"'
-            )
+        obstacle = kind.refused or _bias_obstacle(kind, bias_place)
         if transformers_route.asks_interface(type(module)):
             obstacle = transformers_route.obstacle(module)
         if kind.not_attention is None and obstacle is None and hasattr(module, "normalizer"):
             obstacle = "it has an attribute `normalizer` already"
         found.append(Found(name, module, _installer(module), obstacle, kind.not_attention))
     return found
+
+
+def _bias_obstacle(kind: AttentionClass, place: str) -> str | None:
+    """Why the bias of an attention class cannot be added where it is asked for."""
+    if kind.biased_scores and kind.finite_mask:
+        return "it masks by adding -100 to its scores, which a modulator could lift"
+    if kind.biased_scores and place == "after":
+        return (
+            "its SoftMax gets scores with a bias in them, so that the bias would be modulated too: "
+            'allow that by bias_place="before"'
+        )
+    if kind.finite_mask and place == "before":
+        return 'it masks by adding -100, which a modulator could lift: use bias_place="after"'
+    return None
 
 
 def restore(model: nn.Module) -> int:
@@ -88,6 +97,8 @@ def restore(model: nn.Module) -> int:
             module.__class__ = original_class(module) or type(module)
             count += isinstance(module._modules.pop("normalizer", None), Normalizer)
             vars(module).pop("bias_place", None)
+            if vars(module).pop("unfused", False):
+                module.fused_attn = False  # pyright: ignore[reportArgumentType]
         vars(module).pop("keeps_softmax", None)
     return count
 
@@ -173,6 +184,8 @@ def _installer(module: Any) -> Callable[[Normalizer, str], None]:
             return
         module.normalizer = normalizer
         module.bias_place = bias_place
+        if hasattr(module, "fused_attn"):  # timm: torch's attention, which gets the bias apart
+            module.unfused, module.fused_attn = not module.fused_attn, True
         module.__class__ = intercepted(type(module))
 
     return install
