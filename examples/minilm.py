@@ -10,6 +10,7 @@ half among those of all test paragraphs. Trained with a contrastive loss over th
 
 import random
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class MiniLM:
 def _pairs(split: str) -> list[tuple[str, str]]:
     """Both halves of each paragraph that is long enough."""
     file = resources.files("multimax.data.embedded") / f"wikipedia_en.{split}.txt.gz"
-    words = [line.split() for line in read_lines(file)]
+    words = [line.split() for line in read_lines(Path(str(file)))]
     return [
         (" ".join(w[: len(w) // 2]), " ".join(w[len(w) // 2 :]))
         for w in words

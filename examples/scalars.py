@@ -123,7 +123,7 @@ def compare(example: Example, updates: int, seeds: Sequence[int]) -> list[Row]:
     """
     before, *measures = measure(example, prepare(example, NORMALIZERS["MultiMax"]))
     start = 100 * before.double().mean().item()
-    rows = [Row(None, 0, 1, start, None, None, *measures, None)]
+    rows = [Row(None, 0, 1, start, None, None, measures[0], measures[1], None)]
     for name, options in NORMALIZERS.items():
         first = {r: train(example, options, r, seeds[0], updates) for r in LEARNING_RATES}
         with torch.no_grad():

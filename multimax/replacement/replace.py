@@ -133,9 +133,10 @@ def _choose(
         shown = refused[:5] + ([f"and {len(refused) - 5} more"] if len(refused) > 5 else [])
         raise ValueError("these modules cannot be replaced right: " + "; ".join(shown))
     if not layers:
+        reasons = dict.fromkeys(f"{module.kind}: {module.left or 'skipped'}" for module in left)
         raise ValueError(
             f"{type(model).__name__} has no attention layer to replace: name the class of its "
-            "attention in also="
+            f"attention in also={''.join(f'; {reason}' for reason in reasons)}"
         )
     return layers, left
 

@@ -27,6 +27,7 @@ ATTENTION = {
         "convit.MHSA",
         "cpubone.ConvAttention",
         "crossvit.CrossAttention",
+        "csatv2.SpatialTransformerBlock",
         "davit.ChannelAttention",
         "davit.ChannelAttentionV2",
         "davit.WindowAttention",
@@ -66,7 +67,6 @@ BIASED = {
         "efficientformer.Attention",
         "efficientformer_v2.Attention2d",
         "efficientformer_v2.Attention2dDownsample",
-        "efficientvit_msra.CascadedGroupAttention",
         "gcvit.WindowAttentionGlobal",
         "levit.Attention",
         "levit.AttentionDownsample",
@@ -87,10 +87,12 @@ REFUSED = {
     LAYERS: {"diff_attention.DiffAttention": TWO},
     MODELS: {
         "convit.GPSA": TWO,
+        "efficientvit_msra.CascadedGroupAttention": "it normalizes once for each head, in turn",
         "vision_transformer.DiffParallelScalingBlock": TWO,
     },
 }
 BRANCHES = "it weighs branches of a convolution"
+STAGES = "it weighs the features of stages"
 POSITIONS = "it weighs positions, without a query"
 NOT_ATTENTION = {
     LAYERS: {
@@ -101,7 +103,8 @@ NOT_ATTENTION = {
     },
     MODELS: {
         "coat.FactorAttnConvRelPosEnc": POSITIONS,
-        "efficientvim.EfficientViM": "it weighs the features of stages",
+        "efficientvim.EfficientViM": STAGES,
+        "efficientvim.EfficientViMDistilled": STAGES,
         "efficientvim.HSMSSD": POSITIONS,
         "mobilevit.LinearSelfAttention": POSITIONS,
     },

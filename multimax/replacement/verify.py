@@ -21,8 +21,8 @@ class Verification:
         evaluation: the largest difference of an output in evaluation mode, as a share of the
             largest output.
         training: the same in training mode without dropout; None if the model is random there.
-        called: how many of the normalizers were used.
-        normalizers: how many there are.
+        called: how many of the attention layers used their normalizer.
+        normalizers: how many layers have one.
         gradients: the largest gradient of each normalizer's scalars, by name; 0 where none arrives.
     """
 
@@ -40,7 +40,7 @@ class Verification:
             [
                 f"largest difference in evaluation: {self.evaluation:.2g} of the largest output",
                 f"largest difference in training:   {training}",
-                f"normalizers in use: {self.called} of {self.normalizers}, "
+                f"attention normalizers in use: {self.called} of {self.normalizers}, "
                 f"with a gradient: {learning} of {len(self.gradients)} that learn",
             ]
         )
@@ -73,14 +73,16 @@ def verify_replacement(model: nn.Module, *args: Any, **kwargs: Any) -> Verificat
             raise ValueError("the model returns no floating-point tensor: nothing to compare")
         return found
 
-    with _mode(model, training=False), _calls(normalizers) as called:
+    layers = {name for name, module in model.named_modules() if hasattr(module, "bias_place")}
+    attending = {n: m for n, m in normalizers.items() if n.rpartition(".")[0] in layers}
+    with _mode(model, training=False), _calls(attending) as called:
         with torch.no_grad():
             evaluation = _difference(model, outputs)
         gradients = _gradients(outputs(), normalizers)
     with _mode(model, training=True), torch.no_grad():
         random = _largest(outputs(), outputs()) > 0
         training = None if random else _difference(model, outputs)
-    return Verification(evaluation, training, len(called), len(normalizers), gradients)
+    return Verification(evaluation, training, len(called), len(attending), gradients)
 
 
 def _difference(model: nn.Module, outputs: Callable[[], list[Tensor]]) -> float:

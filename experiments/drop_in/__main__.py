@@ -1,0 +1,111 @@
+"""python -m experiments.drop_in [LIBRARY ...]: the table of families, in results/tables/drop_in.*
+
+For each model: how many attention layers get another normalizer; the largest difference of an
+output to the original's at the identity start, as a share of the largest output, in evaluation and
+in training mode; whether a training step moves the scalars of all layers, and whether a state dict
+brings them back into a new model. Or why it is refused.
+"""
+
+import argparse
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.drop_in.families import Family, families
+from multimax import replace_softmax, verify_replacement
+from multimax.files import write_atomically
+from multimax.parameters import normalizer_parameters
+from multimax.replacement import routes
+
+COLUMNS = ["library", "model", "layers", "evaluation", "training", "step", "reload", "remark"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the table of all libraries, or of those that are named."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.drop_in", description=__doc__)
+    known = sorted({family.library for family in families()})
+    parser.add_argument("library", nargs="*", help=f"of {', '.join(known)}")
+    parser.add_argument("--folder", type=Path, default=Path("results/tables"))
+    parsed = parser.parse_args(arguments)
+    unknown = set(parsed.library) - set(known)
+    if unknown:
+        parser.error(f"no library {', '.join(unknown)}: there are {', '.join(known)}")
+    rows = []
+    for family in families():
+        if not parsed.library or family.library in parsed.library:
+            rows.append(row(family))
+            print(*rows[-1].values(), sep=" | ", flush=True)
+    parsed.folder.mkdir(parents=True, exist_ok=True)
+    for suffix, text in {"md": _markdown(rows), "csv": _csv(rows)}.items():
+        content = text.encode()
+        path = parsed.folder / f"drop_in.{suffix}"
+        write_atomically(path, lambda stream, content=content: stream.write(content))
+
+
+def row(family: Family) -> dict[str, str]:
+    """What replacing SoftMax does in one model."""
+    result = dict.fromkeys(COLUMNS, "") | {"library": family.library, "model": family.name}
+    model, args, kwargs = family.build()
+    try:
+        report = replace_softmax(model, bias_place=family.bias_place)
+    except ValueError:
+        found = routes.find(model, (), family.bias_place)
+        reasons = {module.obstacle for module in found if module.obstacle}
+        reasons = reasons or {module.left for module in found if module.left}
+        remark = "refused: " + "; ".join(map(str, sorted(reasons)))
+        return result | {"layers": "0", "remark": remark}
+    verified = verify_replacement(model, *args, **kwargs)
+    remarks = ['bias_place="before"'] if family.bias_place == "before" else []
+    remarks += sorted({f"left: {entry.note}" for entry in report.left})
+    return result | {
+        "layers": str(len(report.attention)),
+        "evaluation": f"{verified.evaluation:.0e}",
+        "training": "random" if verified.training is None else f"{verified.training:.0e}",
+        "step": "yes" if _steps(model, args, kwargs) else "no",
+        "reload": "yes" if _reloads(model, family) else "no",
+        "remark": "; ".join(remarks),
+    }
+
+
+def _steps(model: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a step of Adam moves scalars of every normalizer."""
+    model.train()
+    before = [scalar.detach().clone() for scalar in normalizer_parameters(model)]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    outputs = torch.utils._pytree.tree_leaves(model(*args, **kwargs))
+    loss = sum(t.float().square().mean() for t in outputs if isinstance(t, torch.Tensor))
+    assert isinstance(loss, torch.Tensor)
+    loss.backward()
+    optimizer.step()
+    moved = [not a.equal(b) for a, b in zip(before, normalizer_parameters(model), strict=True)]
+    ts, ranges = moved[0::2], moved[1::2]
+    return all(own or other for own, other in zip(ts, ranges, strict=True))
+
+
+def _reloads(model: Any, family: Family) -> bool:
+    """Whether a new model with a replacement takes the state dict, scalars included."""
+    again, *_ = family.build()
+    replace_softmax(again, bias_place=family.bias_place)
+    again.load_state_dict(model.state_dict())
+    pairs = zip(normalizer_parameters(again), normalizer_parameters(model), strict=True)
+    return all(ours.equal(theirs) for ours, theirs in pairs)
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _csv(rows: list[dict[str, str]]) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+if __name__ == "__main__":
+    main()
