@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from experiments.drop_in.families import Family, families
 from multimax import replace_softmax, verify_replacement
@@ -75,7 +76,7 @@ def _steps(model: Any, args: Any, kwargs: Any) -> bool:
     model.train()
     before = [scalar.detach().clone() for scalar in normalizer_parameters(model)]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    outputs = torch.utils._pytree.tree_leaves(model(*args, **kwargs))
+    outputs = tree_leaves(model(*args, **kwargs))
     loss = sum(t.float().square().mean() for t in outputs if isinstance(t, torch.Tensor))
     assert isinstance(loss, torch.Tensor)
     loss.backward()

@@ -110,7 +110,7 @@ def _timm(name: str) -> Callable[[], Built]:
         import timm
 
         torch.manual_seed(0)
-        model = stirred(timm.create_model(name)).eval()
+        model: Any = stirred(timm.create_model(name)).eval()
         size = model.pretrained_cfg["input_size"]
         return model, (torch.randn(2, *size),), {}
 
