@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -205,8 +206,6 @@ def _obstacle(
     obstacle = triton_obstacle(query)
     if obstacle:
         return obstacle
-    if bias is not None:
-        return "it has a bias"
     widest = max(query.size(-1), value.size(-1))
     if widest > LARGEST_TRITON_HEAD or query.size(-1) != value.size(-1):
         return (
@@ -216,10 +215,10 @@ def _obstacle(
     return None
 
 
-def _triton(q, k, v, coefficients, mask, causal, dropout, scale, *_) -> Tensor:
+def _triton(*arguments: Any) -> Tensor:
     from multimax.kernels.triton_attention import triton_attention  # not everyone has Triton
 
-    return triton_attention(q, k, v, coefficients, mask, causal, dropout, scale)
+    return triton_attention(*arguments)
 
 
 _KERNELS = {"c": c_attention, "triton": _triton}

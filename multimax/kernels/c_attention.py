@@ -172,13 +172,14 @@ def _attention_backward(
     )
     if learned:
         arguments.sums = address(sums, torch.float64)
-    d_bias = q.new_zeros(bias.shape if of_bias else 0)
+    d_bias = q.new_zeros(0 if bias is None or not of_bias else bias.shape)
     if of_bias:
         arguments.d_bias, arguments.d_bias_strides = address(d_bias, q.dtype), _broadcast(d_bias)
     c_library.call(q.dtype, "attention_backward", arguments)
     (dq if bias_before else sums[0]).mul_(scale)
-    grads = ((dq, query), (dk, key), (dv, value), (sums, coefficients), (d_bias, bias))
-    return tuple(grad if like is None else grad.to(like.dtype) for grad, like in grads)
+    d_bias = d_bias if bias is None else d_bias.to(bias.dtype)
+    d_coefficients = sums.to(coefficients.dtype)
+    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), d_coefficients, d_bias
 
 
 @_attention_backward.register_fake
