@@ -85,6 +85,7 @@ def attention_forward(
         tile_mask = mask_of_tile(
             mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
         )
+        added = 0.0
         if bias is not None:
             added, shown = bias_of_tile(bias, batch, head, first, start, i, j, queries, keys, dtype)
             tile_mask = tile_mask & shown
