@@ -287,21 +287,20 @@ def _expanded_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | 
 def _bias_gradient(bias: Tensor, common: dict[str, Any], query: Tensor, blocks: Blocks) -> Tensor:
     """Of the shape of the bias: a sum over what it is broadcast over, always in the same order."""
     gradient = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-    by_query, by_key = (bias.size(d) == common[n] for d, n in ((2, "queries"), (3, "keys")))
+    sizes = (*query.shape[:3], common["keys"])
+    names = ("by_batch", "by_head", "by_query", "by_key")
+    own = {name: n == whole for name, n, whole in zip(names, bias.shape, sizes, strict=True)}
     programs = bias.size(0) * bias.size(1)
-    programs *= triton.cdiv(common["queries"], blocks.queries) if by_query else 1
-    programs *= triton.cdiv(common["keys"], blocks.keys) if by_key else 1
+    programs *= triton.cdiv(common["queries"], blocks.queries) if own["by_query"] else 1
+    programs *= triton.cdiv(common["keys"], blocks.keys) if own["by_key"] else 1
     if programs:
         with torch.cuda.device_of(query):
             attention_backward_bias[(programs,)](
                 **common,
                 **_strided(bias_gradient=gradient),
                 batches=query.size(0),
-                by_batch=bias.size(0) == query.size(0),
-                by_head=bias.size(1) == query.size(1),
                 of_heads=bias.size(1),
-                by_query=by_query,
-                by_key=by_key,
+                **own,
                 **_options(query, blocks),
             )
     return gradient
