@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,10 +90,11 @@ def attention(
             return eager_attention(
                 query, key, value, normalizer, mask, causal, dropout, scale, bias, bias_place
             )
-    q, k, v, mask, leading = _four_dimensions(query, key, value, mask)
+    q, k, v, mask, bias, leading = _four_dimensions(query, key, value, mask, bias)
     dtype = torch.promote_types(query.dtype, torch.float32)
     coefficients = normalizer.coefficients(dtype, query.device)
-    out = kernel(q, k, v, coefficients, mask, causal, dropout, scale)
+    bias_before = bias is not None and bias_place == "before"
+    out = kernel(q, k, v, coefficients, mask, causal, dropout, scale, bias, bias_before)
     return out.reshape(*leading, *out.shape[-2:])
 
 
@@ -192,11 +194,9 @@ def _obstacle(
     key: Tensor,
     value: Tensor,
     normalizer: Normalizer,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
 ) -> str | None:
     """Why a kernel cannot compute an attention; None if it can."""
-    if bias is not None:
-        return "it has a bias"
     if not normalizer.fusible:
         return f"{normalizer}: {c_rows.NO_MODULATOR}"
     if not query.dtype == key.dtype == value.dtype:
@@ -215,25 +215,25 @@ def _obstacle(
     return None
 
 
-def _triton(q, k, v, coefficients, mask, causal, dropout, scale) -> Tensor:
+def _triton(*arguments: Any) -> Tensor:
     from multimax.kernels.triton_attention import triton_attention  # not everyone has Triton
 
-    return triton_attention(q, k, v, coefficients, mask, causal, dropout, scale)
+    return triton_attention(*arguments)
 
 
 _KERNELS = {"c": c_attention, "triton": _triton}
 
 
 def _four_dimensions(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, torch.Size]:
-    """Tensors of (batch, heads, tokens, dim), as the kernels take them, their mask, and the
-    dimensions of the result before (queries, dim).
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, torch.Size]:
+    """Tensors of (batch, heads, tokens, dim), as the kernels take them, their mask, their bias
+    with its own sizes, and the dimensions of the result before (queries, dim).
     """
     fits = query.dim() == key.dim() == 4 and query.size(0) == key.size(0)
     if fits and key.shape[:-2] == value.shape[:-2]:
         check_heads(query, key, value)
-        return query, key, value, mask, query.shape[:-2]
+        return query, key, value, mask, _bias_of_four(bias, query.shape[:-2]), query.shape[:-2]
     key, value = repeat_heads(query, key, value)
     leading = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     if mask is not None:
@@ -243,4 +243,17 @@ def _four_dimensions(
         tensors = [t.unsqueeze(0) for t in tensors]
         mask = mask if mask is None else mask.unsqueeze(0)
     query, key, value = (t.flatten(0, -4) for t in tensors)
-    return query, key, value, mask if mask is None else mask.flatten(0, -4), leading
+    mask = mask if mask is None else mask.flatten(0, -4)
+    return query, key, value, mask, _bias_of_four(bias, leading), leading
+
+
+def _bias_of_four(bias: Tensor | None, leading: torch.Size) -> Tensor | None:
+    """A bias of four dimensions, of which none is expanded that does not need to be."""
+    if bias is None:
+        return None
+    while bias.dim() < max(4, len(leading) + 2):
+        bias = bias.unsqueeze(0)
+    outer = bias.shape[:-3]  # are one dimension for the kernels
+    if outer.numel() > 1:
+        bias = bias.expand(*leading[:-1], *bias.shape[-3:])
+    return bias.flatten(0, -4)

@@ -95,10 +95,11 @@ def check_bias(bias: Tensor | None, shape: Sequence[int]) -> None:
     """
     if bias is None:
         return
-    if not bias.is_floating_point():
+    check_not_nested(bias)
+    if bias.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(
-            f"bias must be a floating-point tensor that is added to the scores, got {bias.dtype}: "
-            "pass a boolean mask as `mask`"
+            "bias must be float16, bfloat16, float32 or float64, as it is added to the scores, got "
+            f"{bias.dtype}: pass a boolean mask as `mask`"
         )
     if not _expands(bias.shape, shape):
         raise ValueError(
@@ -206,7 +207,11 @@ def _power(base: Tensor, exponent: int) -> Tensor:
 
 
 def modulated_softmax(
-    scores: Tensor, coefficients: Tensor, dim: int, mask: Tensor | None
+    scores: Tensor,
+    coefficients: Tensor,
+    dim: int,
+    mask: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`masked_softmax` of the modulated scores: the definition of what the kernels compute.
 
@@ -215,11 +220,14 @@ def modulated_softmax(
         coefficients: (2 + 4 N,), see `Normalizer.coefficients`.
         dim: the dimension that sums to one.
         mask: bool, broadcastable to `scores`, or None.
+        bias: finite, broadcastable to `scores`, is added after the modulation; or None.
     """
     hidden = hidden_entries(scores, mask)
     modulated = affine(scores, coefficients[0], coefficients[1], hidden)
     if coefficients.numel() > 2:
         modulated = modulate(modulated, *coefficients[2:].chunk(2))
+    if bias is not None:
+        modulated = modulated + bias.to(modulated.dtype)
     return masked_softmax(modulated, dim, ~hidden)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimax.functional import eager_attention, modulated_softmax, repeat_heads
+from multimax.functional import check_bias, eager_attention, modulated_softmax, repeat_heads
 from multimax.kernels import c_library
 from multimax.kernels.c_library import address
 from multimax.kernels.c_rows import (
@@ -29,6 +29,8 @@ def c_attention(
     causal: bool,
     dropout: float,
     scale: float,
+    bias: Tensor | None = None,
+    bias_before: bool = False,
 ) -> Tensor:
     """Attention with SoftMax of sigma(a * scale * query key^T + c), [a, c, ...] = coefficients.
 
@@ -39,54 +41,69 @@ def c_attention(
         coefficients: (2 + 4 N,), `[scale, shift, ts, ranges]`, N = 0, 1 or 2.
         mask: bool, broadcastable to (batch, heads, queries, keys), or None.
         causal, dropout, scale: as in `multimax.attention.attention`.
+        bias: real, of four dimensions that broadcast to (batch, heads, queries, keys), or None. Its
+            gradient has its shape; both are copied if it has another dtype than the computation.
+        bias_before: add it to scale * query key^T and not to sigma of it.
 
     Returns:
         (batch, heads, queries, value_dim).
     """
     c_library.check_coefficients(coefficients, query)
     seed = torch.randint(2**62, (1,)) if dropout > 0 else None
-    return _Attention.apply(query, key, value, coefficients, mask, seed, causal, dropout, scale)
+    options = (mask, seed, causal, dropout, scale, bias_before)
+    return _Attention.apply(query, key, value, coefficients, bias, *options)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, coefficients, mask, seed, causal, dropout, scale):
-        options = (mask, seed, causal, dropout, scale)
-        out, statistics = torch.ops.multimax.attention_forward(
-            query, key, value, coefficients, *options
-        )
-        ctx.save_for_backward(query, key, value, coefficients, mask, seed, out, statistics)
-        ctx.options = options[2:]
+    def forward(ctx, query, key, value, coefficients, bias, mask, seed, *options):
+        inputs = (query, key, value, coefficients, bias)
+        out, statistics = torch.ops.multimax.attention_forward(*inputs, mask, seed, *options)
+        ctx.save_for_backward(*inputs, mask, seed, out, statistics)
+        ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx, grad) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, coefficients, mask, seed, out, statistics = ctx.saved_tensors
-        inputs = (query, key, value, coefficients)
+        *inputs, mask, seed, out, statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
             grads = differentiable_gradients(_definition(inputs, mask, ctx.options), inputs, grad)
         else:
-            learned = ctx.needs_input_grad[3]
-            grads = torch.ops.multimax.attention_backward(
-                *inputs, mask, seed, *ctx.options, out, statistics, grad, learned
+            learned, of_bias = ctx.needs_input_grad[3:5]
+            *grads, d_bias = torch.ops.multimax.attention_backward(
+                *inputs, mask, seed, *ctx.options, out, statistics, grad, learned, of_bias
             )
-        return *grads, None, None, None, None, None
+            grads.append(d_bias if of_bias else None)
+        return *grads, *[None] * 6
 
 
 def _definition(inputs, mask, options) -> Tensor:
     """The attention in operations that can be differentiated again."""
-    query, key, value, coefficients = inputs
-    causal, dropout, scale = options
+    query, key, value, coefficients, bias = inputs
+    causal, dropout, scale, bias_before = options
     if dropout > 0:
         raise RuntimeError(
             "second derivatives of attention with dropout need `with use_backend('eager')`"
         )
-
-    def normalizer(scores, mask):
-        return modulated_softmax(scores, coefficients, -1, mask)
-
     key, value = repeat_heads(query, key, value)
-    return eager_attention(query, key, value, normalizer, mask, causal, 0.0, scale)
+    tensors = (query, key, value, _Normalizer(coefficients), mask)
+    place = "before" if bias_before else "after"
+    return eager_attention(*tensors, causal, 0.0, scale, bias, place)
+
+
+class _Normalizer:
+    """What coefficients stand for, with the interface of a `Normalizer`."""
+
+    def __init__(self, coefficients: Tensor) -> None:
+        self.coefficients = coefficients
+
+    def __call__(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return modulated_softmax(scores, self.coefficients, -1, mask)
+
+    def biased(self, scores: Tensor, bias: Tensor, mask: Tensor, place: str) -> Tensor:
+        if place == "before":
+            return self(scores + bias.to(scores.dtype), mask)
+        return modulated_softmax(scores, self.coefficients, -1, mask, bias)
 
 
 @torch.library.custom_op("multimax::attention_forward", mutates_args=())
@@ -95,16 +112,19 @@ def _attention_forward(
     key: Tensor,
     value: Tensor,
     coefficients: Tensor,
+    bias: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
     causal: bool,
     dropout: float,
     scale: float,
+    bias_before: bool,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_for_kernel(tensor) for tensor in (query, key, value))
     out = _new_out(q, v)
     statistics = q.new_empty(*q.shape[:-1], 2)
-    arguments = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
+    options = (mask, seed, causal, dropout, scale, bias_before)
+    arguments = _describe(q, k, v, coefficients, bias, *options)
     arguments.out, arguments.out_strides = address(out, q.dtype), _strides(out)
     arguments.statistics = address(statistics, q.dtype)
     c_library.call(q.dtype, "attention_forward", arguments)
@@ -112,7 +132,7 @@ def _attention_forward(
 
 
 @_attention_forward.register_fake
-def _(query, key, value, coefficients, mask, seed, causal, dropout, scale):
+def _(query, key, value, coefficients, *_):
     statistics = coefficients.new_empty(*query.shape[:-1], 2)
     return _new_out(query, value), statistics
 
@@ -123,21 +143,25 @@ def _attention_backward(
     key: Tensor,
     value: Tensor,
     coefficients: Tensor,
+    bias: Tensor | None,
     mask: Tensor | None,
     seed: Tensor | None,
     causal: bool,
     dropout: float,
     scale: float,
+    bias_before: bool,
     out: Tensor,
     statistics: Tensor,
     grad: Tensor,
     learned: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    of_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     q, k, v, d_out = (_for_kernel(tensor) for tensor in (query, key, value, grad))
     of_out = _for_kernel(out)
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     sums = torch.zeros(coefficients.shape, dtype=torch.float64)
-    arguments = _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale)
+    options = (mask, seed, causal, dropout, scale, bias_before)
+    arguments = _describe(q, k, v, coefficients, bias, *options)
     check_shape((*q.shape[:3], v.size(3)), of_out, d_out)
     check_shape((*q.shape[:3], 2), statistics)
     arguments.out, arguments.out_strides = address(of_out, q.dtype), _strides(of_out)
@@ -148,24 +172,36 @@ def _attention_backward(
     )
     if learned:
         arguments.sums = address(sums, torch.float64)
+    d_bias = q.new_zeros(0 if bias is None or not of_bias else bias.shape)
+    if of_bias:
+        arguments.d_bias, arguments.d_bias_strides = address(d_bias, q.dtype), _broadcast(d_bias)
     c_library.call(q.dtype, "attention_backward", arguments)
-    sums[0] *= scale
-    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), sums.to(coefficients.dtype)
+    (dq if bias_before else sums[0]).mul_(scale)
+    d_bias = d_bias if bias is None else d_bias.to(bias.dtype)
+    d_coefficients = sums.to(coefficients.dtype)
+    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), d_coefficients, d_bias
 
 
 @_attention_backward.register_fake
-def _(query, key, value, coefficients, *_):
+def _(query, key, value, coefficients, bias, *options):
     like = torch.contiguous_format
-    grads = (torch.empty_like(t, memory_format=like) for t in (query, key, value, coefficients))
-    return tuple(grads)
+    inputs = (query, key, value, coefficients)
+    grads = [torch.empty_like(tensor, memory_format=like) for tensor in inputs]
+    d_bias = (
+        query.new_empty(0) if bias is None else bias.new_empty(bias.shape if options[-1] else 0)
+    )
+    return *grads, d_bias
 
 
-def _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale) -> Any:
+def _describe(q, k, v, coefficients, bias, mask, seed, causal, dropout, scale, bias_before) -> Any:
     """The attention for the kernels, but for what it writes; holds on to what is made here."""
     _check_shapes(q, k, v)
     c_library.check_order(coefficients)
     folded = coefficients.clone(memory_format=torch.contiguous_format)
-    folded[0] *= scale
+    if bias_before:  # the scores are scaled before it is added
+        q = q * scale
+    else:
+        folded[0] *= scale
     arguments = c_library.Attention(
         batch=q.size(0), heads=q.size(1), key_heads=k.size(1), queries=q.size(2), keys=k.size(2),
         dim=q.size(3), value_dim=v.size(3),
@@ -175,12 +211,30 @@ def _describe(q, k, v, coefficients, mask, seed, causal, dropout, scale) -> Any:
         threads=torch.get_num_threads(), order=order_of(coefficients),
         coefficients=address(folded, q.dtype),
     )  # fmt: skip
-    arguments.held = [folded]
+    arguments.held = [q, folded]
+    if bias is not None:
+        arguments.bias_before, bias = bias_before, _bias_for_kernel(bias, q, k)
+        arguments.bias, arguments.bias_strides = address(bias, q.dtype), _broadcast(bias)
+        arguments.held.append(bias)
     if mask is not None:
         mask = contiguous_rows(mask.expand(*q.shape[:3], k.size(2)))
         arguments.mask, arguments.mask_strides = address(mask, torch.bool), _strides(mask)
         arguments.held.append(mask)
     return arguments
+
+
+def _bias_for_kernel(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The bias in the dtype of the computation, of size 1 where it is broadcast."""
+    shape = (*q.shape[:3], k.size(2))
+    if bias.dim() != 4:
+        raise ValueError(f"bias must have four dimensions, got shape {tuple(bias.shape)}")
+    check_bias(bias, shape)
+    return bias[tuple(slice(1) if n == 0 else slice(None) for n in bias.stride())].to(q.dtype)
+
+
+def _broadcast(bias: Tensor) -> Any:
+    """The strides by which a tensor is expanded."""
+    return tuple(0 if n == 1 else step for n, step in zip(bias.shape, bias.stride(), strict=True))
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:

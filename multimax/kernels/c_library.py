@@ -51,7 +51,11 @@ Attention: type[ctypes.Structure] = _structure(
     seed=ctypes.c_uint64,
     dropout=ctypes.c_double,
     **dict.fromkeys(("threads", "order"), _INT64),
-    **dict.fromkeys(("coefficients", "sums"), _POINTER),
+    **dict.fromkeys(("coefficients", "sums", "bias"), _POINTER),
+    bias_strides=_INT64 * 4,
+    bias_before=_INT64,
+    d_bias=_POINTER,
+    d_bias_strides=_INT64 * 4,
 )
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (Rows, Target, Attention)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from multimax.functional import check_mask
+from multimax.functional import check_bias, check_mask
 from multimax.kernels.triton_attention_kernels import (
+    attention_backward_bias,
     attention_backward_key_value,
     attention_backward_query,
     attention_forward,
@@ -35,6 +36,8 @@ def triton_attention(
     causal: bool = False,
     dropout: float = 0.0,
     scale: float | None = None,
+    bias: Tensor | None = None,
+    bias_before: bool = False,
 ) -> Tensor:
     """`softmax(sigma(c0 x + c1)) value` with `x = scale * query key^T`; masks act after sigma.
 
@@ -57,6 +60,9 @@ def triton_attention(
         dropout: in [0, 1), applied to the probabilities; pass 0 in evaluation. The seed is drawn
             from torch's default CPU generator.
         scale: factor on the products of queries and keys; None is 1 / sqrt(D).
+        bias: real, of four dimensions that broadcast to (B, H, queries, keys); added to sigma, and
+            masking with entries of at most `functional.MASK_FLOOR`. It is never expanded in memory.
+        bias_before: add the bias to x, inside of sigma.
 
     Returns:
         (B, H, queries, D) in the dtype of `query`; zeros for a query that may attend to nothing.
@@ -71,7 +77,10 @@ def triton_attention(
     if mask is not None:
         mask = _expanded(mask, query, key.size(2))
     scale = 1 / math.sqrt(query.size(3)) if scale is None else scale
-    return _Attention.apply(query, key, value, coefficients, mask, causal, dropout, scale)
+    if bias is not None:
+        _check_bias(bias, query, key.size(2))
+    options = (mask, causal, dropout, scale, bias is not None and bias_before)
+    return _Attention.apply(query, key, value, coefficients, bias, *options)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> None:
@@ -111,6 +120,15 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
             )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def _check_bias(bias: Tensor, query: Tensor, keys: int) -> None:
+    if bias.dim() != 4 or bias.device != query.device:
+        raise ValueError(
+            f"bias must have four dimensions on {query.device}, got shape {tuple(bias.shape)} on "
+            f"{bias.device}"
+        )
+    check_bias(bias, (*query.shape[:3], keys))
 
 
 def _expanded(mask: Tensor, query: Tensor, keys: int) -> Tensor:
@@ -196,10 +214,13 @@ def _strided(**tensors: Tensor | None) -> dict[str, Any]:
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx, query, key, value, coefficients, mask, causal, dropout, scale):
-        # The kernels see products of queries and keys: `scale` becomes a part of c0.
-        c = coefficients.to(compute_dtype(query.dtype), copy=True)
-        c[0] *= scale
+    def forward(
+        ctx, query, key, value, coefficients, bias, mask, causal, dropout, scale, bias_before
+    ):
+        # The kernels see products of queries and keys: `scale` becomes a part of c0, but for a bias
+        # that is added to the scores.
+        c = torch.cat([coefficients, coefficients.new_ones(1)]).to(compute_dtype(query.dtype))
+        c[-1 if bias_before else 0] *= scale
         arguments = {
             "heads": query.size(1),
             "group": query.size(1) // key.size(1),
@@ -210,6 +231,7 @@ class _Attention(Function):
             "order": order_of(coefficients, query.device),
             "causal": bool(causal),
             "mask_by_query": mask is not None and mask.stride(2) != 0,
+            "bias_before": bias_before,
         }
         output = torch.empty_like(query)
         logsumexp = c.new_empty(query.shape[:3])
@@ -217,27 +239,29 @@ class _Attention(Function):
         with torch.cuda.device_of(query):
             attention_forward[_programs(query, blocks.queries)](
                 **_strided(query=query, key=key, value=value, mask=mask, output=output),
+                **_strided(bias=_expanded_bias(bias, query, key)),
                 coefficients=c,
                 logsumexp=logsumexp,
                 **arguments,
                 **_options(query, blocks),
             )
-        ctx.save_for_backward(query, key, value, mask, c, output, logsumexp)
+        ctx.save_for_backward(query, key, value, bias, mask, c, output, logsumexp)
         ctx.arguments, ctx.scale, ctx.coefficients_dtype = arguments, scale, coefficients.dtype
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, output_gradient):  # pyright: ignore[reportIncompatibleMethodOverride]
-        query, key, value, mask, c, output, logsumexp = ctx.saved_tensors
+        query, key, value, bias, mask, c, output, logsumexp = ctx.saved_tensors
         _, of_query, of_key = block_sizes(_width(query), query.dtype)
         dq, dk, dv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         programs = _programs(query, of_query.queries)
-        parts = c.new_empty(*programs, c.numel()) if ctx.needs_input_grad[3] else None
+        parts = c.new_empty(*programs, c.numel() - 1) if ctx.needs_input_grad[3] else None
         delta = torch.empty_like(logsumexp)
         common = _strided(
             query=query, key=key, value=value, mask=mask, output_gradient=output_gradient
         )
+        common |= _strided(bias=_expanded_bias(bias, query, key))
         common |= {"coefficients": c, "logsumexp": logsumexp, "delta": delta, **ctx.arguments}
         with torch.cuda.device_of(query):
             attention_backward_query[programs](
@@ -251,12 +275,40 @@ class _Attention(Function):
                 **_strided(key_gradient=dk, value_gradient=dv),
                 **_options(query, of_key),
             )
+        of_bias = _bias_gradient(bias, common, query, of_query) if ctx.needs_input_grad[4] else None
         gradient = None if parts is None else _coefficient_gradient(parts, ctx)
-        return dq, dk, dv, gradient, None, None, None, None
+        return dq, dk, dv, gradient, of_bias, *[None] * 5
+
+
+def _expanded_bias(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    return None if bias is None else bias.expand(*query.shape[:3], key.size(2))
+
+
+def _bias_gradient(bias: Tensor, common: dict[str, Any], query: Tensor, blocks: Blocks) -> Tensor:
+    """Of the shape of the bias: a sum over what it is broadcast over, always in the same order."""
+    gradient = torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    sizes = (*query.shape[:3], common["keys"])
+    names = ("by_batch", "by_head", "by_query", "by_key")
+    own = {name: n == whole for name, n, whole in zip(names, bias.shape, sizes, strict=True)}
+    programs = bias.size(0) * bias.size(1)
+    programs *= triton.cdiv(common["queries"], blocks.queries) if own["by_query"] else 1
+    programs *= triton.cdiv(common["keys"], blocks.keys) if own["by_key"] else 1
+    if programs:
+        with torch.cuda.device_of(query):
+            attention_backward_bias[(programs,)](
+                **common,
+                **_strided(bias_gradient=gradient),
+                batches=query.size(0),
+                of_heads=bias.size(1),
+                **own,
+                **_options(query, blocks),
+            )
+    return gradient
 
 
 def _coefficient_gradient(parts: Tensor, ctx: Any) -> Tensor:
     """The sum of what the programs wrote, in fp64: there can be many, of both signs."""
     gradient = parts.sum(0, dtype=torch.float64)
-    gradient[0] *= ctx.scale
+    if not ctx.arguments["bias_before"]:
+        gradient[0] *= ctx.scale
     return gradient.to(ctx.coefficients_dtype)

@@ -3,10 +3,14 @@
     scores = query key^T      modulated = sigma(scale scores + shift)      P = softmax(modulated)
     output = (D P) value      D: 0 where dropped, else 1 / (1 - dropout)
 
+A bias is added to the modulated scores, or to the scores times a factor that follows the
+coefficients in memory.
+
 FlashAttention-2 (Dao, 2023) without atomic additions: the forward pass keeps the logsumexp of each
 row, from which both backward kernels recompute P a tile at a time. One goes along the keys for a
 block of queries (gradients of the query and of the scalars), the other along the queries for a
-block of keys, over all query heads that share a key head.
+block of keys, over all query heads that share a key head. The gradient of a bias has a kernel of
+its own, a program of which adds up what one block of the bias is broadcast over.
 """
 
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -26,6 +30,7 @@ from multimax.kernels.triton_modulation import (
     zero_sums,
 )
 from multimax.kernels.triton_tiles import (
+    bias_of_tile,
     dropout_factor,
     load_tile,
     mask_of_tile,
@@ -41,6 +46,7 @@ def attention_forward(
     key,
     value,
     mask,
+    bias,
     coefficients,
     output,
     logsumexp,
@@ -53,6 +59,7 @@ def attention_forward(
     order: tl.constexpr,
     causal: tl.constexpr,
     mask_by_query: tl.constexpr,
+    bias_before: tl.constexpr,
     dim: tl.constexpr,
     width: tl.constexpr,
     block_queries: tl.constexpr,
@@ -75,10 +82,18 @@ def attention_forward(
         k = load_tile(key, start, keys, block_keys, dim, width)
         v = load_tile(value, start, keys, block_keys, dim, width)
         scores = tl.dot(q, tl.trans(k), input_precision=precision)
-        modulated, _ = modulate(scores, c, order)
         tile_mask = mask_of_tile(
             mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
         )
+        added = 0.0
+        if bias is not None:
+            added, shown = bias_of_tile(bias, batch, head, first, start, i, j, queries, keys, dtype)
+            tile_mask = tile_mask & shown
+            if bias_before:
+                scores = scores * tl.load(coefficients + 2 + 4 * order) + added
+        modulated, _ = modulate(scores, c, order)
+        if bias is not None and not bias_before:
+            modulated += added
         modulated = tl.where(tile_mask, modulated, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(modulated, 1))
         # A row that has seen nothing allowed has the maximum -inf, and -inf - -inf is NaN.
@@ -104,15 +119,18 @@ def attention_forward(
 
 
 @triton.jit
-def _backward_tile(scores, tile_mask, logsumexp, delta, gradient, factor, c, order: tl.constexpr):
+def _backward_tile(
+    scores, added, tile_mask, logsumexp, delta, gradient, factor, c, order: tl.constexpr
+):
     """Of a tile: P, the gradient by the modulated scores, d sigma / d x, the scores.
 
-    `gradient` is output_gradient value^T. A score that is not allowed may overflow when it is
-    modulated: it is replaced before, and what comes of it after.
+    `gradient` is output_gradient value^T, `added` the bias after the modulation. A score that is
+    not allowed may overflow when it is modulated: it is replaced before, and what comes of it
+    after.
     """
     scores = tl.where(tile_mask, scores, 0.0)
     modulated, slope = modulate(scores, c, order)
-    probabilities = tl.where(tile_mask, tl.exp(modulated - logsumexp), 0.0)
+    probabilities = tl.where(tile_mask, tl.exp(modulated + added - logsumexp), 0.0)
     gradient = tl.where(tile_mask, probabilities * (gradient * factor - delta), 0.0)
     return probabilities, gradient, slope, scores
 
@@ -123,6 +141,7 @@ def attention_backward_query(
     key,
     value,
     mask,
+    bias,
     coefficients,
     output,
     logsumexp,
@@ -139,6 +158,7 @@ def attention_backward_query(
     order: tl.constexpr,
     causal: tl.constexpr,
     mask_by_query: tl.constexpr,
+    bias_before: tl.constexpr,
     dim: tl.constexpr,
     width: tl.constexpr,
     block_queries: tl.constexpr,
@@ -156,6 +176,7 @@ def attention_backward_query(
     row, batch, head, first = place_of_program(heads, queries, block_queries)
     key, value = of_head(key, batch, head // group), of_head(value, batch, head // group)
     c = load_coefficients(coefficients, order)
+    score_scale = tl.load(coefficients + 2 + 4 * order)
     q = load_tile(of_head(query, batch, head), first, queries, block_queries, dim, width)
     o = load_tile(of_head(output, batch, head), first, queries, block_queries, dim, width)
     do = load_tile(of_head(output_gradient, batch, head), first, queries, block_queries, dim, width)
@@ -179,11 +200,18 @@ def attention_backward_query(
         tile_mask = mask_of_tile(
             mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
         )
+        added = 0.0
+        if bias is not None:
+            added, shown = bias_of_tile(bias, batch, head, first, start, i, j, queries, keys, dtype)
+            tile_mask = tile_mask & shown
+            if bias_before:
+                scores = scores * score_scale + added
+                added = 0.0
         factor = 1.0
         if dropout is not None:
             factor = dropout_factor(seed, dropout, row, first + i, start + j, queries, keys, dtype)
         probabilities, gradient, slope, scores = _backward_tile(
-            scores, tile_mask, lse[:, None], d[:, None], gradient, factor, c, order
+            scores, added, tile_mask, lse[:, None], d[:, None], gradient, factor, c, order
         )
         if coefficient_gradient is not None:
             sums = add_to_sums(sums, gradient, scores, slope, c, order)
@@ -192,7 +220,7 @@ def attention_backward_query(
         dq += tl.dot((gradient * slope).to(k.dtype), k, input_precision=precision)
 
     query_gradient = of_head(query_gradient, batch, head)
-    store_tile(query_gradient, c[0] * dq, first, queries, block_queries, dim, width)
+    store_tile(query_gradient, score_scale * c[0] * dq, first, queries, block_queries, dim, width)
     if coefficient_gradient is not None:
         share = tl.program_id(0).to(tl.int64) * (2 + 4 * order)
         sums = centred(sums, means, residual, order)
@@ -205,6 +233,7 @@ def attention_backward_key_value(
     key,
     value,
     mask,
+    bias,
     coefficients,
     logsumexp,
     output_gradient,
@@ -220,6 +249,7 @@ def attention_backward_key_value(
     order: tl.constexpr,
     causal: tl.constexpr,
     mask_by_query: tl.constexpr,
+    bias_before: tl.constexpr,
     dim: tl.constexpr,
     width: tl.constexpr,
     block_queries: tl.constexpr,
@@ -234,6 +264,7 @@ def attention_backward_key_value(
     _row, batch, key_head, first = place_of_program(heads // group, keys, block_keys)
     c = load_coefficients(coefficients, order)
     k = load_tile(of_head(key, batch, key_head), first, keys, block_keys, dim, width)
+    score_scale = tl.load(coefficients + 2 + 4 * order)
     v = load_tile(of_head(value, batch, key_head), first, keys, block_keys, dim, width)
     i, j = tl.arange(0, block_queries)[None, :], tl.arange(0, block_keys)[:, None]
 
@@ -255,18 +286,151 @@ def attention_backward_key_value(
             tile_mask = mask_of_tile(
                 mask, batch, head, start, first, i, j, queries, keys, causal, mask_by_query
             )
+            added = 0.0
+            if bias is not None:
+                added, shown = bias_of_tile(
+                    bias, batch, head, start, first, i, j, queries, keys, dtype
+                )
+                tile_mask = tile_mask & shown
+                if bias_before:
+                    scores = scores * score_scale + added
+                    added = 0.0
             factor = 1.0
             if dropout is not None:
                 factor = dropout_factor(
                     seed, dropout, row, start + i, first + j, queries, keys, dtype
                 )
             probabilities, gradient, slope, _ = _backward_tile(
-                scores, tile_mask, lse[None, :], d[None, :], gradient, factor, c, order
+                scores, added, tile_mask, lse[None, :], d[None, :], gradient, factor, c, order
             )
             dv += tl.dot((probabilities * factor).to(do.dtype), do, input_precision=precision)
             dk += tl.dot((gradient * slope).to(q.dtype), q, input_precision=precision)
 
     key_gradient = of_head(key_gradient, batch, key_head)
     value_gradient = of_head(value_gradient, batch, key_head)
-    store_tile(key_gradient, c[0] * dk, first, keys, block_keys, dim, width)
+    store_tile(key_gradient, score_scale * c[0] * dk, first, keys, block_keys, dim, width)
     store_tile(value_gradient, dv, first, keys, block_keys, dim, width)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def attention_backward_bias(
+    query,
+    key,
+    value,
+    mask,
+    bias,
+    coefficients,
+    logsumexp,
+    output_gradient,
+    delta,
+    bias_gradient,
+    batches,
+    of_heads,
+    heads,
+    group,
+    queries,
+    keys,
+    seed,
+    dropout,
+    by_batch: tl.constexpr,
+    by_head: tl.constexpr,
+    by_query: tl.constexpr,
+    by_key: tl.constexpr,
+    order: tl.constexpr,
+    causal: tl.constexpr,
+    mask_by_query: tl.constexpr,
+    bias_before: tl.constexpr,
+    dim: tl.constexpr,
+    width: tl.constexpr,
+    block_queries: tl.constexpr,
+    block_keys: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """One block of the gradient of a bias: the sum over the dimensions in which its size is 1."""
+    dtype: tl.constexpr = coefficients.dtype.element_ty
+    c = load_coefficients(coefficients, order)
+    score_scale = tl.load(coefficients + 2 + 4 * order)
+    key_blocks = tl.cdiv(keys, block_keys) if by_key else 1
+    query_blocks = tl.cdiv(queries, block_queries) if by_query else 1
+    program = tl.program_id(0)
+    own_row = program // (key_blocks * query_blocks)
+    own_batch, own_head = own_row // of_heads, own_row % of_heads
+    first_query = program // key_blocks % query_blocks * block_queries
+    first_key = program % key_blocks * block_keys
+    end_query = tl.minimum(queries, first_query + block_queries) if by_query else queries
+    end_key = tl.minimum(keys, first_key + block_keys) if by_key else keys
+    first_batch, end_batch = (own_batch, own_batch + 1) if by_batch else (0, batches)
+    first_head, end_head = (own_head, own_head + 1) if by_head else (0, heads)
+    i, j = tl.arange(0, block_queries)[:, None], tl.arange(0, block_keys)[None, :]
+
+    total = tl.zeros((block_queries, block_keys), dtype)
+    for batch in range(first_batch, end_batch):
+        for head in range(first_head, end_head):
+            row = tl.cast(batch, tl.int64) * heads + head
+            sample, head_of = row // heads, row % heads  # int64
+            k_of_head, v_of_head = (
+                of_head(key, sample, head_of // group),
+                of_head(value, sample, head_of // group),
+            )
+            for start in range(first_query, end_query, block_queries):
+                q = load_tile(
+                    of_head(query, sample, head_of), start, queries, block_queries, dim, width
+                )
+                do = load_tile(
+                    of_head(output_gradient, sample, head_of),
+                    start,
+                    queries,
+                    block_queries,
+                    dim,
+                    width,
+                )
+                rows = start + tl.arange(0, block_queries)
+                lse = tl.load(logsumexp + row * queries + rows, mask=rows < queries, other=0.0)
+                d = tl.load(delta + row * queries + rows, mask=rows < queries, other=0.0)
+                for at in range(first_key, end_key, block_keys):
+                    k = load_tile(k_of_head, at, keys, block_keys, dim, width)
+                    v = load_tile(v_of_head, at, keys, block_keys, dim, width)
+                    scores = tl.dot(q, tl.trans(k), input_precision=precision)
+                    gradient = tl.dot(do, tl.trans(v), input_precision=precision)
+                    tile_mask = mask_of_tile(
+                        mask, sample, head_of, start, at, i, j, queries, keys, causal, mask_by_query
+                    )
+                    added, shown = bias_of_tile(
+                        bias, sample, head_of, start, at, i, j, queries, keys, dtype
+                    )
+                    tile_mask = tile_mask & shown
+                    if bias_before:
+                        scores = scores * score_scale + added
+                        added = 0.0
+                    factor = 1.0
+                    if dropout is not None:
+                        factor = dropout_factor(
+                            seed, dropout, row, start + i, at + j, queries, keys, dtype
+                        )
+                    _, gradient, slope, _ = _backward_tile(
+                        scores,
+                        added,
+                        tile_mask,
+                        lse[:, None],
+                        d[:, None],
+                        gradient,
+                        factor,
+                        c,
+                        order,
+                    )
+                    if bias_before:
+                        gradient *= c[0] * slope
+                    total += gradient
+
+    start, query_stride, key_stride = of_head(
+        bias_gradient, tl.cast(own_batch, tl.int64), tl.cast(own_head, tl.int64)
+    )
+    if not by_query:
+        total = tl.sum(total, 0, keep_dims=True)
+    if not by_key:
+        total = tl.sum(total, 1, keep_dims=True)
+    i = first_query + (i if by_query else tl.zeros((1, 1), tl.int32))
+    j = first_key + (j if by_key else tl.zeros((1, 1), tl.int32))
+    pointers = start + tl.cast(i, tl.int64) * query_stride + tl.cast(j, tl.int64) * key_stride
+    exists = (i < end_query) & (j < end_key)
+    tl.store(pointers, total.to(bias_gradient[0].dtype.element_ty), mask=exists)

@@ -13,6 +13,8 @@ whole tensor is int64, what stays inside a tile int32.
 import triton
 import triton.language as tl
 
+from multimax.kernels.triton_modulation import FLOOR
+
 
 @triton.jit
 def place_of_program(heads, length, size: tl.constexpr):
@@ -92,6 +94,19 @@ def mask_of_tile(
     if causal:
         tile_mask = tile_mask & (key_id <= query_id + (keys - queries))
     return tile_mask
+
+
+@triton.jit
+def bias_of_tile(
+    bias, batch, head, first_query, first_key, query, key, queries, keys, dtype: tl.constexpr
+):
+    """The bias of a tile, 0 where nothing exists, and where it masks nothing."""
+    start, query_stride, key_stride = of_head(bias, batch, head)
+    query_id, key_id = first_query + query, first_key + key
+    pointers = start + tl.cast(query_id, tl.int64) * query_stride
+    pointers += tl.cast(key_id, tl.int64) * key_stride
+    tile = tl.load(pointers, mask=(query_id < queries) & (key_id < keys), other=0.0).to(dtype)
+    return tile, (tile > FLOOR) | (tile != tile)
 
 
 @triton.jit

@@ -13,14 +13,17 @@ from multimax.normalizers.base import LogitNormalizer
 class ModulatedSoftMax(LogitNormalizer):
     """SoftMax of scores that are first changed one by one: the form that fused kernels accept.
 
-    A subclass that overrides `modulate` or `forward` is not fused unless it also overrides
-    `coefficients`, with `fusible`.
+    A subclass that overrides `modulate`, `forward` or `biased` is not fused unless it also
+    overrides `coefficients`, with `fusible`.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = vars(cls)
-        if {"modulate", "forward"} & own.keys() and not {"fusible", "coefficients"} <= own.keys():
+        if {"modulate", "forward", "biased"} & own.keys() and not {
+            "fusible",
+            "coefficients",
+        } <= own.keys():
             type.__setattr__(cls, "fusible", property(lambda self: False))
 
     @abstractmethod

@@ -10,8 +10,12 @@ from triton.backends.compiler import GPUTarget
 
 from multimax.kernels import triton_attention, triton_output
 
-# Capability, head dimension, dropout.
-CASES = [(80, 80, 0.0), (90, 20, 0.1)]
+# Capability, head dimension, dropout, shape of a bias, whether it is added before the modulation.
+CASES = [
+    (80, 80, 0.0, (1, 4, 100, 90), False),
+    (90, 20, 0.1, (2, 1, 1, 90), True),
+    (80, 64, 0.0, None, False),
+]
 
 
 class Driver:
@@ -34,12 +38,14 @@ def compile_only(self, *args, grid, warmup, **options):
     print(CASES[driver.case][0], self.fn.__name__, kernel.metadata.shared)
 
 
-def call_kernels(dim, dropout):
+def call_kernels(dim, dropout, shape, before):
     query = torch.zeros(2, 4, 100, dim, dtype=torch.bfloat16, requires_grad=True)
     key, value = torch.zeros(2, 2, 2, 90, dim, dtype=torch.bfloat16, requires_grad=True)
     c = torch.zeros(10, requires_grad=True)
     mask = torch.ones(2, 1, 1, 90, dtype=torch.bool)
-    output = triton_attention.triton_attention(query, key, value, c, mask, True, dropout)
+    bias = None if shape is None else torch.zeros(shape, requires_grad=True)
+    options = (mask, True, dropout, None, bias, before)
+    output = triton_attention.triton_attention(query, key, value, c, *options)
     output.sum().backward()
     scores, weight = torch.zeros(4, 5000, dtype=torch.bfloat16), torch.ones(4)
     target = torch.zeros(4, dtype=torch.int64)
@@ -50,5 +56,5 @@ driver = Driver()
 triton.runtime.driver.set_active(driver)
 launch, triton.JITFunction.run = triton.JITFunction.run, compile_only
 triton_attention.check_device = triton_output.check_device = lambda *_: None
-for driver.case, (_, dim, dropout) in enumerate(CASES):
-    call_kernels(dim, dropout)
+for driver.case, (_, *arguments) in enumerate(CASES):
+    call_kernels(*arguments)

@@ -60,12 +60,15 @@ def normalized(module, scores, mask=None, dim=-1, backend="auto", upstream=None)
         return p.detach(), *_gradients(p, [scores, *module.parameters()], upstream)
 
 
-def attended(tensors, module, mask=None, backend="c", upstream=None, **options):
-    """The output, and the gradients of query, key, value and scalars for a fixed dL/d out."""
+def attended(tensors, module, mask=None, backend="c", upstream=None, bias=None, **options):
+    """The output, and the gradients of query, key, value, scalars and bias for a fixed dL/d out."""
     module = copy.deepcopy(module)
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-    out = attention(*tensors, module, mask, backend=backend, **options)
-    return out.detach(), *_gradients(out, [*tensors, *module.parameters()], upstream)
+    inputs = [*tensors, *module.parameters()]
+    if bias is not None:
+        inputs.append(bias := bias.detach().requires_grad_())
+    out = attention(*tensors, module, mask, backend=backend, bias=bias, **options)
+    return out.detach(), *_gradients(out, inputs, upstream)
 
 
 def _gradients(output, inputs, upstream):

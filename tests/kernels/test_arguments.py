@@ -79,10 +79,18 @@ def test_a_mask_elsewhere(normalizer):
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "c"])
-@pytest.mark.parametrize("elsewhere", ["key", "value", "mask"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.complex64, torch.bool])
+def test_dtypes_that_are_no_bias(dtype, backend):
+    query, bias = torch.randn(1, 2, 4, 8), torch.zeros(4, 4).to(dtype)
+    with pytest.raises(ValueError, match=f"bias must be float16, .* got {dtype}: pass a boolean"):
+        attention(query, query, query, SoftMax(), bias=bias, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "c"])
+@pytest.mark.parametrize("elsewhere", ["key", "value", "mask", "bias"])
 def test_an_argument_of_attention_elsewhere(elsewhere, backend):
     tensors = {name: torch.randn(1, 2, 4, 8) for name in ("key", "value")}
-    tensors["mask"] = torch.ones(4, 4, dtype=torch.bool)
+    tensors["mask"], tensors["bias"] = torch.ones(4, 4, dtype=torch.bool), torch.zeros(4, 4)
     tensors[elsewhere] = tensors[elsewhere].to("meta")
     with pytest.raises(ValueError, match=f"{elsewhere} is on meta, the others are on cpu"):
         attention(torch.randn(1, 2, 4, 8), normalizer=SoftMax(), **tensors, backend=backend)
@@ -135,12 +143,17 @@ ops = torch.ops.multimax
 ROWS, WIDE = torch.zeros(4, 8), torch.zeros(4, 8, dtype=torch.float64)
 COEFFICIENTS, MASK = torch.tensor([1.0, 0.0]), torch.ones(4, 8, dtype=torch.bool)
 QUERY, STATISTICS = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 2)
-OPTIONS = (None, None, False, 0.0, 1.0)
+OPTIONS = (None, None, None, False, 0.0, 1.0, False)
+BIAS = torch.zeros(1, 2, 4, 4)
 
 
-def backward(query=QUERY, out=QUERY, statistics=STATISTICS, grad=QUERY):
-    kept = (out, statistics, grad, True)
-    return ops.attention_backward(query, QUERY, QUERY, COEFFICIENTS, *OPTIONS, *kept)
+def backward(query=QUERY, out=QUERY, statistics=STATISTICS, grad=QUERY, bias=BIAS):
+    kept = (out, statistics, grad, True, True)
+    return ops.attention_backward(query, QUERY, QUERY, COEFFICIENTS, bias, *OPTIONS[1:], *kept)
+
+
+def forward_of_bias(bias):
+    return ops.attention_forward(QUERY, QUERY, QUERY, COEFFICIENTS, bias, *OPTIONS[1:])
 
 
 # The operators themselves, with one argument that they would misread.
@@ -170,8 +183,13 @@ MISREAD = {
         QUERY[:, :1], QUERY, QUERY, COEFFICIENTS, *OPTIONS
     ),
     "mask of attention": lambda: ops.attention_forward(
-        QUERY, QUERY, QUERY, COEFFICIENTS, torch.ones(4, 4), *OPTIONS[1:]
+        QUERY, QUERY, QUERY, COEFFICIENTS, None, torch.ones(4, 4), *OPTIONS[2:]
     ),
+    "bias of three dimensions": lambda: forward_of_bias(BIAS[0]),
+    "bias that does not fit": lambda: forward_of_bias(BIAS[..., :3]),
+    "bias of booleans": lambda: forward_of_bias(BIAS.bool()),
+    "bias of float8": lambda: forward_of_bias(BIAS.to(torch.float8_e4m3fn)),
+    "bias of the backward pass": lambda: backward(bias=BIAS[:, :, :2]),
     "grad of attention": lambda: backward(grad=QUERY.double()),
     "a part of grad of attention": lambda: backward(grad=QUERY[:, :, :2]),
     "a part of out": lambda: backward(out=QUERY[..., :2]),
@@ -186,4 +204,4 @@ def test_operators_check_every_argument(case):
     with pytest.raises((ValueError, NotImplementedError)):
         MISREAD[case]()
     assert torch.equal(ops.softmax_forward(ROWS, COEFFICIENTS, MASK).sum(-1), torch.ones(4))
-    assert len(backward()) == 4
+    assert len(backward()) == 5

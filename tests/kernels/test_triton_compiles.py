@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 KERNELS = {
     "attention_forward",
+    "attention_backward_bias",
     "attention_backward_query",
     "attention_backward_key_value",
     "cross_entropy_row",

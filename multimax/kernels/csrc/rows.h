@@ -82,6 +82,8 @@ typedef struct {
 typedef struct {
     int64_t limit;           /* entries from here on are masked by causality */
     const uint8_t *mask;     /* of this row, or NULL */
+    const real *bias;        /* of this row, or NULL */
+    int bias_before;         /* it is in the scores; else it is added to y */
     uint32_t key, threshold; /* of its dropout */
     real factor;             /* of the entries that dropout keeps; 0: no dropout */
 } Row;

@@ -2,17 +2,53 @@
 #pragma once
 #include "modulator.h"
 
-/* Exactly 0 where masked, also next to NaN; p may have taken the place of the scores x. */
+/* Adds the bias of a row to its scores, or to their y: -inf where it, or the mask, masks; returns the
+   largest. */
+INLINE real add_bias_row(Row row, real *y) {
+    real highest = -INFINITY;
+    if (row.mask) {
+#pragma omp simd reduction(max : highest)
+        for (int64_t j = 0; j < row.limit; j++) {
+            real value = y[j] + row.bias[j];
+            value = row.mask[j] && !(row.bias[j] <= MASK_FLOOR) ? value : -(real)INFINITY;
+            highest = value > highest ? value : highest;
+            y[j] = value;
+        }
+    } else {
+#pragma omp simd reduction(max : highest)
+        for (int64_t j = 0; j < row.limit; j++) {
+            real value = row.bias[j] <= MASK_FLOOR ? -(real)INFINITY : y[j] + row.bias[j];
+            highest = value > highest ? value : highest;
+            y[j] = value;
+        }
+    }
+    return highest;
+}
+
+/* y of a row with its bias; returns the largest. */
+INLINE real biased_row(const real *x, real *y, Row row, Modulator m, int order) {
+    real highest = modulate_row(x, y, row, m, order);
+    return row.bias && !row.bias_before ? add_bias_row(row, y) : highest;
+}
+
+/* Exactly 0 where mask or bias mask, also next to NaN. */
+RARE void hide_row(Row row, real *p) {
+    if (row.mask) mask_row(row, p, p);
+    if (row.bias)
+        for (int64_t j = 0; j < row.limit; j++) p[j] = row.bias[j] <= MASK_FLOOR ? 0 : p[j];
+}
+
+/* The same, also where the score itself is masked, if p has not taken the place of the scores x. */
 RARE void clear_row(Row row, Modulator m, int order, const real *x, real *p) {
     if (x != p)
         for (int64_t j = 0; j < row.limit; j++) p[j] = hides(x[j], m, order) ? 0 : p[j];
-    if (row.mask) mask_row(row, p, p);
+    hide_row(row, p);
 }
 
 /* Probabilities of a row; its statistics are the highest y and 1 / sum, or zeros if all is masked.
  */
 INLINE void forward_row(Row row, Modulator m, int order, const real *x, real *p, real *statistics) {
-    real highest = modulate_row(x, p, row, m, order);
+    real highest = biased_row(x, p, row, m, order);
     if (highest == -INFINITY) highest = 0; /* all masked, or NaN, which `>` does not see */
     double sum = exponentiate_row(p, row.limit, highest);
     real inverse = sum == 0 ? 0 : (real)(1 / sum);
@@ -24,7 +60,7 @@ INLINE void forward_row(Row row, Modulator m, int order, const real *x, real *p,
 /* p of a row again, from its statistics. */
 INLINE void recompute_row(Row row, Modulator m, int order, const real *x, const real *statistics,
                           real *p) {
-    modulate_row(x, p, row, m, order);
+    biased_row(x, p, row, m, order);
 #pragma omp simd
     for (int64_t j = 0; j < row.limit; j++)
         p[j] = exponential(p[j] - statistics[0]) * statistics[1];
