@@ -1,5 +1,9 @@
+import logging
 import os
 import resource
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +88,29 @@ def full_disk(request):
     resource.setrlimit(resource.RLIMIT_FSIZE, (getattr(request, "param", 20_000), hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """Runs `train.py` as the main module; its exit code, output and error output.
+
+    In this process, because a new one imports for seconds. Tests of what a process does (signals,
+    workers, launchers) start one.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+
+    logger = logging.getLogger("multimax")
+    handlers = list(logger.handlers)
+
+    def train(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        code = 0
+        try:
+            runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    yield train
+    logger.handlers = handlers
+    GlobalHydra.instance().clear()

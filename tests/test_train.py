@@ -2,14 +2,10 @@
 
 import io
 import json
-import logging
 import math
 import os
 import re
-import runpy
 import signal
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -18,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from rich.console import Console
 from tiny_text import TINY_LANGUAGE_MODEL, TINY_TRANSLATION
@@ -210,26 +205,6 @@ def test_first_lines_of_a_run(tmp_path):
     assert "test (n = 2,000)" in said
 
 
-@pytest.fixture
-def train(monkeypatch, capsys):
-    """Runs `train.py` as the main module; its exit code, output and error output."""
-    logger = logging.getLogger("multimax")
-    handlers = list(logger.handlers)
-
-    def train(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    yield train
-    logger.handlers = handlers
-    GlobalHydra.instance().clear()
-
-
 def test_help_shows_experiments_and_examples(train):
     code, output, _ = train("--help")
     assert not code
@@ -282,12 +257,9 @@ def test_interrupted_run_says_how_to_go_on(train, tmp_path, monkeypatch, resume,
 
 
 @pytest.mark.slow
-def test_sweep_makes_a_folder_for_each_run(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "train.py", "-m", "seed=0,1", *TINY, f"output_dir={tmp_path}"],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_sweep_makes_a_folder_for_each_run(train, tmp_path):
+    code, _, error = train("-m", "seed=0,1", *TINY, f"output_dir={tmp_path}")
+    assert not code, error
     folders = [path.parent.name for path in tmp_path.glob("small/debug/*/result.json")]
     assert sorted(name[-6:] for name in folders) == ["-seed0", "-seed1"]
     assert len({name[:-6] for name in folders}) == 1

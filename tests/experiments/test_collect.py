@@ -2,16 +2,12 @@
 
 import json
 import re
-import subprocess
 import sys
 
 import pytest
 from test_tables import result
 
 from experiments import modulators, results, tables
-from experiments.selection import CONFIGS
-
-ROOT = CONFIGS.parent
 
 
 def write(folder, content, name="result.json"):
@@ -121,8 +117,7 @@ def test_modulators_says_what_is_missing(tmp_path, monkeypatch):
         command(modulators, monkeypatch, tmp_path)
 
 
-@pytest.mark.slow
-def test_help_names_every_scale():
-    done = subprocess.run([sys.executable, "-m", "experiments.tables", "--help"], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
-    assert "{paper,paper_wiki103,small}" in done.stdout
+def test_help_names_every_scale(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command(tables, monkeypatch, "--help")
+    assert "{paper,paper_wiki103,small}" in capsys.readouterr().out

@@ -62,6 +62,18 @@ def composed(experiment, *overrides):
     return OmegaConf.to_container(config, resolve=True)
 
 
+def with_normalizers(attention, output, experiment, *overrides):
+    """As composed with both, which is done once for each normalizer and not for each pair.
+
+    Neither group changes the section of the other: that is another test of this file.
+    """
+    plain, other = (
+        composed(experiment, *overrides, f"attention={name}", f"output={name}")
+        for name in (attention, output)
+    )
+    return plain | {"output": other["output"]}
+
+
 def draw(generator):
     return copy.deepcopy(generator.choice(generator.choice([WORDS, NUMBERS, NUMBERS, OTHERS])))
 
@@ -96,12 +108,22 @@ def assert_names(said, chosen):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", TASKS)
+def test_a_pair_of_normalizers_is_made_of_both(experiment):
+    for pair in zip(NORMALIZERS, NORMALIZERS[1:] + NORMALIZERS[:1], strict=True):
+        groups = (
+            f"{place}={name}" for place, name in zip(("attention", "output"), pair, strict=True)
+        )
+        assert with_normalizers(*pair, experiment) == composed(experiment, *groups)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", TASKS)
 def test_every_value_is_taken_or_refused_by_name(experiment):
     generator = random.Random(experiment + SEED)
     taken = 0
     for _ in range(VALUES):
-        attention, output = generator.choice(NORMALIZERS), generator.choice(NORMALIZERS)
-        plain = composed(experiment, f"attention={attention}", f"output={output}")
+        pair = generator.choice(NORMALIZERS), generator.choice(NORMALIZERS)
+        plain = with_normalizers(*pair, experiment)
         field = generator.choice(fields_of(plain))
         value = draw(generator)
         content = copy.deepcopy(plain)
@@ -156,8 +178,8 @@ def test_what_is_taken_trains(experiment, little_text, tmp_path):
     generator = random.Random(experiment + SEED)
     outcomes = collections.Counter()
     while outcomes.total() < RUNS:
-        groups = (f"{place}={generator.choice(NORMALIZERS)}" for place in ("attention", "output"))
-        plain = composed(experiment, *TASKS[experiment], *groups)
+        pair = generator.choice(NORMALIZERS), generator.choice(NORMALIZERS)
+        plain = with_normalizers(*pair, experiment, *TASKS[experiment])
         content = copy.deepcopy(plain)
         content["data"] |= {key: little_text[key] for key in content["data"].keys() & little_text}
         usable = [field for field in fields_of(plain) if field not in NOT_TRAINED and "." in field]
@@ -178,7 +200,7 @@ def test_what_is_taken_trains(experiment, little_text, tmp_path):
             assert_says_diverged(str(error), values)
             outcomes["diverged"] += 1
         except Exception as error:
-            raise AssertionError((groups, values, type(error), str(error))) from error
+            raise AssertionError((pair, values, type(error), str(error))) from error
         else:
             outcomes["trained"] += 1
     print(experiment, dict(outcomes))

@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 from hydra import compose, initialize_config_dir
+from joblib.externals.loky import get_reusable_executor
 from tiny import ROOT
 
 from experiments.selection import differences
@@ -18,7 +19,10 @@ from multimax.training.config import hashed_settings, read_config
 from multimax.training.studies import read_study
 
 STUDIES = sorted(path.stem for path in (ROOT / "configs" / "study").glob("*.yaml"))
-SMALL = ["debug=two_updates", "logger.wandb=disabled"]
+SMALL = [
+    "debug=two_updates", "model.depth=1", "model.embed_dim=16", "model.num_heads=2",
+    "trainer.batch_size=20", "trainer.eval_batch_size=1000",
+]  # fmt: skip
 
 
 @cache
@@ -138,29 +142,29 @@ def sweep(folder, *arguments, **environment):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "workstation"])
-def test_only_what_is_missing_is_run(tmp_path, launcher):
-    options = [f"hydra/launcher={launcher}", "trainer.eval_batch_size=1000"]
-    code, said = sweep(tmp_path, "study=table2", "cells=softmax", "seed=0", *options)
+def test_only_what_is_missing_is_run(train, tmp_path, launcher):
+    def sweep(*arguments):
+        code, *said = train("-m", *SMALL, f"output_dir={tmp_path}", "study=table2", "seed=0",
+                            f"hydra/launcher={launcher}", *arguments)  # fmt: skip
+        if launcher == "workstation":
+            get_reusable_executor().shutdown(wait=True)  # the workers, which wait for more
+        return code, "".join(said)
+
+    code, said = sweep("cells=softmax")
     assert (code, "sweep of 1 jobs: 1 finished\n" in said) == (0, True), said
     result = json.loads(next(tmp_path.glob("small/deit/*/result.json")).read_text())
     assert result["config"]["group"] == "table2"
     assert result["config"]["tags"] == ["table2", "softmax", "debug"]
-    code, said = sweep(
-        tmp_path, "study=table2", "cells=softmax,topk-both", "seed=0", *options,
-        "optimizer.lr=1e-3,1e30",
-    )  # fmt: skip
+    code, said = sweep("cells=softmax,topk-both", "optimizer.lr=1e-3,1e30")
     assert code == 1
     (counts,) = re.findall("sweep of 4 jobs: (.*)", said)
     assert set(counts.split(", ")) == {"1 finished before", "1 finished", "2 failed"}, said
     assert "Lower optimizer.lr" in said
 
 
-@pytest.mark.slow
-def test_a_study_is_a_sweep():
-    command = [sys.executable, "train.py", "study=table1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == "error: study=table1 is many runs: python train.py -m study=table1\n"
+def test_a_study_is_a_sweep(train):
+    code, *_ = train("study=table1")
+    assert code == "error: study=table1 is many runs: python train.py -m study=table1"
 
 
 SBATCH = """#!{python}
@@ -198,7 +202,7 @@ def test_jobs_of_slurm(tmp_path):
         (programs / name).chmod(stat.S_IRWXU)
     code, printed = sweep(
         tmp_path, "study=table2", "cells=softmax", "seed=0,1", "hydra/launcher=slurm",
-        "hydra.launcher.partition=gpu", "trainer.eval_batch_size=1000",
+        "hydra.launcher.partition=gpu",
         PATH=f"{programs}{os.pathsep}{os.environ['PATH']}",
     )  # fmt: skip
     assert (code, "sweep of 2 jobs: 2 finished\n" in printed) == (0, True), printed
@@ -208,18 +212,11 @@ def test_jobs_of_slurm(tmp_path):
 
 
 @pytest.mark.slow
-def test_slurm_where_there_is_none(tmp_path):
-    code, said = sweep(
-        tmp_path,
-        "study=table2",
-        "cells=softmax",
-        "seed=0",
-        "hydra/launcher=slurm",
-        PATH=str(tmp_path),
-    )
-    assert code == 1
-    assert 'error: Could not detect "srun", are you indeed on a slurm cluster?' in said
-    assert "Traceback" not in said
+def test_slurm_where_there_is_none(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said, *_ = train("-m", *SMALL, f"output_dir={tmp_path}", "study=table2", "cells=softmax",
+                     "seed=0", "hydra/launcher=slurm")  # fmt: skip
+    assert said == 'error: Could not detect "srun", are you indeed on a slurm cluster?'
 
 
 @pytest.mark.slow
@@ -229,7 +226,9 @@ def test_the_script_of_a_table_runs_it_and_draws_it(tmp_path):
     for name in ("configs", "experiments", "hydra_plugins", "multimax", "scripts", "train.py"):
         (repository / name).symlink_to(ROOT / name)
     parts = ["cells=softmax", "seed=0", "trainer.updates=2", "schedule.warmup=0",
-             "decoding.beam=1", "decoding.max_len_a=0", "decoding.max_len_b=1"]  # fmt: skip
+             "decoding.beam=1", "decoding.max_len_a=0", "decoding.max_len_b=1",
+             "model.embed_dim=16", "model.ffn_dim=16", "model.num_heads=2",
+             "model.encoder_depth=1", "model.decoder_depth=1"]  # fmt: skip
     done = subprocess.run(
         ["scripts/table4.sh", *parts, "logger.wandb=disabled", f"output_dir={tmp_path}/out"],
         cwd=repository, capture_output=True, text=True,

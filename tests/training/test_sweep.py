@@ -37,24 +37,18 @@ def init(id, **_):
 """
 
 
-def sweep(folder, *arguments):
-    """The exit code, what was printed on both streams, and the recorded jobs."""
-    done = subprocess.run(
-        [sys.executable, "train.py", "-m", *SOFTMAX, f"output_dir={folder}", *arguments],
-        cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
-    )  # fmt: skip
+def recorded(folder):
+    """The jobs of the last sweep."""
     record = sorted(folder.glob("sweeps/*/jobs.jsonl"))[-1]
-    jobs = [Job(**json.loads(line)) for line in record.read_text().splitlines()]
-    return done.returncode, done.stdout, done.stderr, jobs
+    return [Job(**json.loads(line)) for line in record.read_text().splitlines()]
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_ends_no_other(tmp_path):
+def test_a_job_that_fails_ends_no_other(train, tmp_path):
     """The examples: a bad value, a diverging rate, and a folder that does not exist."""
-    code, said, errors, jobs = sweep(
-        tmp_path, "attention.temperature=1,-1", "optimizer.lr=1e-3,1e30,2e-3"
-    )
+    sweep = "-m", *SOFTMAX, f"output_dir={tmp_path}"
+    code, said, errors = train(*sweep, "attention.temperature=1,-1", "optimizer.lr=1e-3,1e30,2e-3")
+    jobs = recorded(tmp_path)
     assert code == 1
     assert [job.state for job in jobs] == ["finished", "failed", "finished", *["failed"] * 3]
     assert "Lower optimizer.lr" in jobs[1].said
@@ -75,7 +69,8 @@ def test_a_job_that_fails_ends_no_other(tmp_path):
     folders = {str(path.parent) for path in tmp_path.glob("small/*/*/config.yaml")}
     assert kept == folders == {str(p) for p in tmp_path.glob("small/deit_softmax/*")}
 
-    code, said, _, jobs = sweep(tmp_path, "attention.temperature=1", "optimizer.lr=1e-3,2e-3,3e-3")
+    code, said, _ = train(*sweep, "attention.temperature=1", "optimizer.lr=1e-3,2e-3,3e-3")
+    jobs = recorded(tmp_path)
     assert code == 0
     assert [job.state for job in jobs] == ["finished before", "finished before", "finished"]
     assert "sweep of 3 jobs: 2 finished before, 1 finished\n" in said
@@ -85,11 +80,13 @@ def test_a_job_that_fails_ends_no_other(tmp_path):
 def test_a_failed_job_closes_its_wandb_run(tmp_path):
     told = tmp_path / "told.txt"
     (tmp_path / "wandb.py").write_text(FAKE_WANDB.format(said=str(told)))
-    code, _, _, jobs = sweep(
-        tmp_path, "optimizer.lr=1e30,2e-3", "trainer.updates=3", "logger.wandb=online"
-    )
-    assert code == 1
-    assert [job.state for job in jobs] == ["failed", "finished"]
+    done = subprocess.run(
+        [sys.executable, "train.py", "-m", *SOFTMAX, f"output_dir={tmp_path}",
+         "optimizer.lr=1e30,2e-3", "trainer.updates=3", "logger.wandb=online"],
+        cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert [job.state for job in recorded(tmp_path)] == ["failed", "finished"]
     calls = [line.split() for line in told.read_text().splitlines()]
     first, second = (call[1] for call in calls if call[0] == "init")
     assert first != second
