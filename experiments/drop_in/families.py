@@ -110,9 +110,9 @@ def _timm(name: str) -> Callable[[], Built]:
         import timm
 
         torch.manual_seed(0)
-        model: Any = stirred(timm.create_model(name)).eval()
-        size = model.pretrained_cfg["input_size"]
-        return model, (torch.randn(2, *size),), {}
+        model: Any = stirred(timm.create_model(name))
+        images = torch.randn(2, *model.pretrained_cfg["input_size"])
+        return _settled(model, images), (images,), {}
 
     return build
 
@@ -122,8 +122,9 @@ def _torchvision(name: str) -> Callable[[], Built]:
         import torchvision
 
         torch.manual_seed(0)
-        model = stirred(torchvision.models.get_model(name)).eval()
-        return model, (torch.randn(2, 3, 224, 224),), {}
+        images = torch.randn(2, 3, 224, 224)
+        model = _settled(stirred(torchvision.models.get_model(name)), images)
+        return model, (images,), {}
 
     return build
 
@@ -141,6 +142,20 @@ def stirred(model: nn.Module) -> nn.Module:
                 inputs = parameter[0].numel()
                 parameter *= max(1.0, (inputs**-0.5 / parameter.std()).item())
     return model
+
+
+def _settled(model: nn.Module, images: torch.Tensor) -> nn.Module:
+    """The model in evaluation mode, with batch statistics of the images."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        with torch.no_grad():
+            model.train()(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model.eval()
 
 
 def _encoder() -> Built:

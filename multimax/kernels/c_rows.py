@@ -152,12 +152,13 @@ class _Threshold(torch.autograd.Function):
 
 
 def differentiable_gradients(
-    output: Tensor, inputs: Sequence[Tensor], grad: Tensor
+    output: Tensor, inputs: Sequence[Tensor | None], grad: Tensor
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, of the inputs that need one."""
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    needs = [tensor is not None and tensor.requires_grad for tensor in inputs]
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
-    return [next(found) if tensor.requires_grad else None for tensor in inputs]
+    return [next(found) if need else None for need in needs]
 
 
 def _rows_last(scores: Tensor, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
