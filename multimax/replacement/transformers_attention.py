@@ -74,7 +74,9 @@ def attend(
     """
     for name, reason in REFUSED.items():
         if options.get(name) is not None:
-            raise ValueError(f"{type(module).__name__}: {reason} ({name}), no normalizer knows that")
+            raise ValueError(
+                f"{type(module).__name__}: {reason} ({name}), no normalizer knows that"
+            )
     mask, bias = split_additive(attention_mask)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias

@@ -124,17 +124,27 @@ def _gradients(outputs: list[Tensor], normalizers: dict[str, Normalizer]) -> dic
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     """The model in a mode, without dropout."""
     modes = {module: module.training for module in model.modules()}
-    rates = {m: m.p for m in modes if isinstance(m, nn.modules.dropout._DropoutNd)}
+    rates = [
+        (module, name, value)
+        for module in modes
+        for name, value in vars(module).items()
+        if isinstance(value, float) and _is_rate(module, name)
+    ]
     model.train(training)
-    for module in rates:
-        module.p = 0.0
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for module, rate in rates.items():
-            module.p = rate
+        for module, name, value in rates:
+            setattr(module, name, value)
+
+
+def _is_rate(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a dropout rate, such as `p` of nn.Dropout or `drop_prob`."""
+    return "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
 
 
 @contextmanager
