@@ -52,19 +52,21 @@ def test_capped_scores_are_modulated_after_the_cap():
     torch.testing.assert_close(out.transpose(1, 2), expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["bool", "additive", "none"])
+@pytest.mark.parametrize("kind", ["bool", "additive", "finite", "none"])
 def test_a_bias_of_positions_and_a_mask(kind):
     module = torch.nn.Module()
     module.normalizer, module.bias_place, module.is_causal = MultiMax(), "after", True
     query, key, value = (torch.randn(1, 2, 4, 3) for _ in range(3))
     bias = torch.randn(1, 2, 4, 4)
     allowed = torch.ones(4, 4, dtype=torch.bool).tril()
-    mask = {"bool": allowed, "none": None, "additive": torch.zeros(4, 4)}[kind]
-    if kind == "additive":
+    zeros, finite = torch.zeros(4, 4), torch.randn(4, 4)
+    mask = {"bool": allowed, "none": None, "additive": zeros, "finite": finite}[kind]
+    if kind in ("additive", "finite"):
         mask = mask.masked_fill(~allowed, torch.finfo(torch.float32).min)
     mask = mask if mask is None else mask[None, None]
     out, _ = attend(module, query, key, value, mask, scaling=1.0, position_bias=bias)
     scores = module.normalizer.modulate(scores_of(module, query, key, 1.0)) + bias
+    scores = scores + finite if kind == "finite" else scores
     expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
     torch.testing.assert_close(out.transpose(1, 2), expected, atol=1e-6, rtol=1e-5)
 

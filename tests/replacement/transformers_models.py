@@ -12,7 +12,8 @@ BART |= {f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")}
 BART |= {"max_position_embeddings": 64, "pad_token_id": 1, "decoder_start_token_id": 2}
 IMAGES = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2}
 IMAGES |= {"num_attention_heads": 4, "intermediate_size": 48}
-CLIP = {"vision_config": IMAGES, "text_config": {**SIZES, "max_position_embeddings": 16}}
+CLIP = {**SIZES, "max_position_embeddings": 16, "eos_token_id": VOCABULARY - 1}
+CLIP = {"vision_config": IMAGES, "text_config": CLIP}
 T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2}
 WHISPER = {**BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}
 
@@ -163,6 +164,7 @@ def inputs(name, model):
     arguments = {"input_ids": tokens, "attention_mask": mask}
     if name == "DeBERTa v2":  # its mask is of queries too
         del arguments["attention_mask"]
+    tokens[:, -1] = VOCABULARY - 1  # CLIP reads the end
     if name in ("CLIP", "GIT"):
         arguments["pixel_values"] = torch.randn(2, 3, 16, 16, generator=generator)
     if model.config.is_encoder_decoder:
