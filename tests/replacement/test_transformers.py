@@ -1,35 +1,25 @@
-"""Models of transformers with another normalizer: outputs, caches, generation, files."""
+"""Models of transformers with another normalizer: outputs, caches, generation."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from transformers_models import GENERATING, INTERCEPTED, MODELS, REFUSED, build, inputs
+from transformers_models import (
+    GENERATING,
+    INTERCEPTED,
+    MODELS,
+    REFUSED,
+    build,
+    first,
+    inputs,
+    move,
+)
 
 from multimax import MultiMax, load_pretrained, replace_softmax, restore_softmax, verify_replacement
 from multimax.attention import attention
 
-transformers = pytest.importorskip("transformers")
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def first(output):
-    return output[0] if output[0].dim() else output[1]  # not the loss
-
-
-def move(model, size=0.3):
-    """Let the normalizers differ from SoftMax."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, MultiMax):
-                module.ts.copy_(torch.randn(module.ts.shape, generator=generator) * size)
+pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -207,69 +197,6 @@ def test_attention_probabilities_are_returned():
         torch.testing.assert_close(ours[allowed], theirs[allowed], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("BERT", {}),
-        ("Llama", {"output": True}),
-        ("T5", {"output": True, "skip": "encoder.*"}),
-        ("CLIP", {"name": "entmax", "learned": True}),
-    ],
-)
-def test_saved_models_keep_their_scalars(name, options, tmp_path):
-    model = build(name)
-    replace_softmax(model, **options)
-    move(model)
-    model.save_pretrained(tmp_path)
-    again = load_pretrained(type(model), tmp_path).eval()
-    assert type(again) is type(model)
-    assert again.state_dict().keys() == model.state_dict().keys()
-    arguments = inputs(name, model)
-    assert first(again(**arguments)).equal(first(model(**arguments)))
-
-
-def test_layers_that_are_skipped_stay_so(tmp_path):
-    model = build("T5")
-    arguments = inputs("T5", model)
-    report = replace_softmax(model, skip="decoder.*")
-    assert (len(report.attention), len(report.left)) == (2, 4)
-    assert verify_replacement(model, **arguments).evaluation < 2e-6
-    move(model)
-    model.save_pretrained(tmp_path)
-    auto = load_pretrained(transformers.AutoModelForSeq2SeqLM, tmp_path).eval()
-    assert first(auto(**arguments)).equal(first(model(**arguments)))
-
-
-LOADS = {
-    "BERT": [lambda folder: transformers.AutoModel.from_pretrained(folder)],
-    "CLIP": [
-        lambda folder: transformers.CLIPModel.from_pretrained(folder),
-        lambda folder: transformers.CLIPVisionModel.from_pretrained(folder),
-        lambda folder: transformers.CLIPTextModel.from_pretrained(folder),
-    ],
-    "T5": [lambda folder: transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [*((name, {}) for name in LOADS), ("BERT", {"attention": False, "output": True})],
-)
-def test_nothing_else_loads_a_saved_model_silently(name, options, tmp_path):
-    model = build(name)
-    replace_softmax(model, **options)
-    model.save_pretrained(tmp_path)
-    for load in LOADS[name]:
-        with pytest.raises(ValueError, match=r'"multimax.load_pretrained"` is not supported'):
-            load(tmp_path)
-
-
-def test_an_ordinary_folder_is_refused(tmp_path):
-    build("BERT").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="was not saved with another normalizer"):
-        load_pretrained(transformers.BertForMaskedLM, tmp_path)
-
-
 def test_copies_are_models_of_their_own():
     model = build("Llama")
     replace_softmax(model)
@@ -281,17 +208,6 @@ def test_copies_are_models_of_their_own():
         restore_softmax(again)
         assert not first(again(**arguments)).equal(expected)
         assert first(model(**arguments)).equal(expected)
-
-
-def test_the_output_layer_of_a_language_model():
-    model = build("Llama")
-    arguments = inputs("Llama", model)
-    logits = model(**arguments).logits
-    replace_softmax(model, attention=False, output=True)
-    torch.testing.assert_close(model(**arguments).logits, logits, atol=1e-6, rtol=1e-6)
-    move(model)
-    expected = model.lm_head.normalizer.modulate(logits)
-    torch.testing.assert_close(model(**arguments).logits, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_grouped_heads_and_masks_reach_attention():

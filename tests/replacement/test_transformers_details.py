@@ -1,4 +1,4 @@
-"""What transformers does around attention: options, masks, files, training, other classes."""
+"""What transformers does around attention: options, masks, classes."""
 
 import importlib
 import re
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_transformers import first, move
-from transformers_models import build, inputs
+from transformers_models import build, first, inputs, move
 
-from multimax import MultiMax, load_pretrained, replace_softmax, restore_softmax, verify_replacement
+from multimax import MultiMax, replace_softmax, restore_softmax, verify_replacement
 from multimax.replacement import transformers_classes
 from multimax.replacement.classes import HEADS, normalizes, size_of
 from multimax.replacement.transformers_attention import REFUSED, attend
@@ -22,12 +21,6 @@ KNOWN = {"attention_mask", "dropout", "is_causal", "position_bias", "scaling", "
 KNOWN |= {"query", "key", "value", "output_attentions"}
 KNOWN |= {"sliding_window", "position_ids", "deterministic"}  # what they say is in the mask
 KNOWN |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}  # of flash attention
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def attention_class(name):
@@ -193,155 +186,6 @@ def test_the_scale_and_the_heads_of_a_layer_are_found(name):
     normalizers = [m for m in model.modules() if isinstance(m, MultiMax)]
     scale = 1.0 if name == "T5" else 8**-0.5
     assert all(abs(normalizer.score_scale - scale) < 1e-9 for normalizer in normalizers)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "reason"),
-    [
-        ("Gemma 2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30"),
-        ("Gemma 2", {"final_logit_softcapping": None}, None),
-        ("ViT", {"problem_type": "multi_label_classification"}, "cross-entropy"),
-        ("ViT", {"num_labels": 5}, None),
-    ],
-)
-def test_output_layers_whose_scores_are_changed_later_are_refused(name, options, reason):
-    model = build(name, **options)
-    if reason is None:
-        assert len(replace_softmax(model, attention=False, output=True).output) == 1
-        return
-    with pytest.raises(ValueError, match=reason):
-        replace_softmax(model, output=True)
-
-
-def test_a_bias_of_the_final_scores_is_refused():
-    model = build("Marian")
-    replace_softmax(model, attention=False, output=True)
-    restore_softmax(model)
-    model.final_logits_bias[0, 3] = 1.0
-    with pytest.raises(ValueError, match="final_logits_bias"):
-        replace_softmax(model, attention=False, output=True)
-
-
-def test_loss_and_generation_are_those_of_the_output_normalizer():
-    model = build("GPT-2")
-    arguments = inputs("GPT-2", model)
-    replace_softmax(model, attention=False, output=True)
-    move(model, 2.0)
-    tokens = arguments["input_ids"]
-    out = model(tokens, labels=tokens)
-    hidden = model.transformer(tokens).last_hidden_state
-    scores = hidden @ model.lm_head.weight.T
-    probabilities = model.lm_head.normalizer(scores[:, :-1])
-    expected = -probabilities.gather(-1, tokens[:, 1:, None]).log().mean()
-    torch.testing.assert_close(out.loss, expected, atol=1e-5, rtol=1e-5)
-    word = model.generate(tokens, max_new_tokens=1, do_sample=False)[:, -1]
-    assert word.equal(model.lm_head.normalizer(scores[:, -1]).argmax(-1))
-
-
-@pytest.mark.parametrize("name", ["Qwen3", "BART"])
-def test_shared_scalars_are_one_in_files_too(name, tmp_path):
-    model = build(name)
-    replace_softmax(model, shared=True)
-    move(model)
-    arguments = inputs(name, model)
-    expected = first(model(**arguments))
-    model.save_pretrained(tmp_path)
-    again = load_pretrained(type(model), tmp_path).eval()
-    assert first(again(**arguments)).equal(expected)
-    scalars = {m.ts for m in again.modules() if isinstance(m, MultiMax)}
-    assert len(scalars) == 1
-    restore_softmax(model)
-    model.save_pretrained(tmp_path / "plain")
-    type(model).from_pretrained(tmp_path / "plain")
-
-
-def test_a_part_of_a_saved_model(tmp_path):
-    model = build("BERT")
-    replace_softmax(model, skip="bert.encoder.layer.1.*", output=True)
-    move(model)
-    model.save_pretrained(tmp_path)
-    part = load_pretrained(transformers.AutoModel, tmp_path).eval()
-    arguments = inputs("BERT", model)
-    expected = model.bert(**arguments).last_hidden_state
-    torch.testing.assert_close(part(**arguments).last_hidden_state, expected)
-    part.save_pretrained(tmp_path / "part")
-    whole = load_pretrained(transformers.BertForMaskedLM, tmp_path / "part")
-    assert whole.bert.encoder.layer[0].attention.self.normalizer.ts.equal(
-        model.bert.encoder.layer[0].attention.self.normalizer.ts
-    )
-
-
-def test_missing_scalars_are_named(tmp_path):
-    model = build("BERT")
-    replace_softmax(model)
-    state = {k: v for k, v in model.state_dict().items() if "layer.1.attention.self.norm" not in k}
-    model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"layer\.1\.attention\.self\.normalizer\.ts"):
-        load_pretrained(type(model), tmp_path)
-
-
-def test_a_state_dict_says_what_is_missing(tmp_path):
-    model = build("BERT")
-    replace_softmax(model)
-    torch.save(model.state_dict(), tmp_path / "state.pt")
-    state = torch.load(tmp_path / "state.pt")
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*normalizer\.ts"):
-        build("BERT").load_state_dict(state)
-    again = build("BERT", seed=1)
-    replace_softmax(again)
-    again.load_state_dict(state)
-    arguments = inputs("BERT", model)
-    assert first(again(**arguments)).equal(first(model(**arguments)))
-
-
-def test_autocast():
-    model = build("Llama")
-    arguments = inputs("Llama", model)
-    replaced = build("Llama")
-    replace_softmax(replaced)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, out = first(model(**arguments)), first(replaced(**arguments))
-        replaced(**arguments, labels=arguments["input_ids"]).loss.backward()
-    assert out.dtype == expected.dtype
-    torch.testing.assert_close(out, expected, atol=0.02, rtol=0.05)
-    gradient = replaced.model.layers[0].self_attn.normalizer.ts.grad
-    assert gradient.abs().max() > 0
-
-
-def test_a_trainer_trains_the_scalars(tmp_path):
-    pytest.importorskip("accelerate")
-    model = build("GPT-2").train()
-    replace_softmax(model)
-    before = {n: p.clone() for n, p in model.named_parameters() if "normalizer" in n}
-    tokens = torch.randint(4, 96, (8, 9))
-    rows = [{"input_ids": row, "labels": row} for row in tokens]
-    arguments = transformers.TrainingArguments(
-        str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        learning_rate=0.1,
-        report_to=[],
-        use_cpu=True,
-    )
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
-    trainer.train()
-    scalars = dict(model.named_parameters())
-    assert len(before) == 4
-    assert all(not scalars[name].equal(value) for name, value in before.items() if ".ts" in name)
-    trainer.save_model(str(tmp_path / "trained"))
-    again = load_pretrained(transformers.AutoModelForCausalLM, tmp_path / "trained").eval()
-    assert first(again(tokens)).equal(first(model.eval()(tokens)))
-
-
-def test_an_explicit_implementation_leaves_the_scalars_unexpected(tmp_path):
-    model = build("BERT")
-    replace_softmax(model)
-    model.save_pretrained(tmp_path)
-    _, report = transformers.BertForMaskedLM.from_pretrained(
-        tmp_path, attn_implementation="sdpa", output_loading_info=True
-    )
-    scalars = {name for name in model.state_dict() if "normalizer" in name}
-    assert set(report["unexpected_keys"]) == scalars
 
 
 def test_flex_attention_is_replaced_too():

@@ -2,6 +2,8 @@
 
 import torch
 
+from multimax import MultiMax
+
 VOCABULARY = 96
 WIDE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
 SIZES = {**WIDE, "num_attention_heads": 4, "intermediate_size": 48}
@@ -144,6 +146,8 @@ def build(name, seed=0, **more):
     """A model in evaluation mode; `more` is for its configuration."""
     import transformers
 
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     model, config, options, *_ = {**MODELS, **INTERCEPTED, **REFUSED}[name]
     torch.manual_seed(seed)
     return getattr(transformers, model)(getattr(transformers, config)(**{**options, **more})).eval()
@@ -170,3 +174,16 @@ def inputs(name, model):
     if model.config.is_encoder_decoder:
         arguments["decoder_input_ids"] = tokens[:, :5]
     return arguments
+
+
+def first(output):
+    return output[0] if output[0].dim() else output[1]  # not the loss
+
+
+def move(model, size=0.3):
+    """Let the normalizers differ from SoftMax."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, MultiMax):
+                module.ts.copy_(torch.randn(module.ts.shape, generator=generator) * size)
