@@ -51,9 +51,7 @@ def load_pretrained(
         own.__init__(self, *args, **kwargs)
         replace_softmax(self, also=also, **_arguments(self, arguments, also))
 
-    keep = [*(own._keep_in_fp32_modules_strict or []), "normalizer"]
-    members = {"__init__": init, "__module__": own.__module__, "_keep_in_fp32_modules_strict": keep}
-    loaded_class = type(own.__name__, (own,), members)
+    loaded_class = type(own.__name__, (own,), {"__init__": init, "__module__": own.__module__})
     wants_report = options.pop("output_loading_info", False)
     model, report = loaded_class.from_pretrained(
         name, config=config, output_loading_info=True, **options
