@@ -2,7 +2,7 @@
 
 from multimax.replacement.replace import replace_softmax, restore_softmax
 from multimax.replacement.report import Replacement
-from multimax.replacement.transformers_route import load_pretrained
+from multimax.replacement.transformers_files import load_pretrained
 from multimax.replacement.verify import verify_replacement
 
 __all__ = [

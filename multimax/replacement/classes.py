@@ -58,9 +58,9 @@ def known_class(cls: type[nn.Module]) -> AttentionClass | None:
 @cache
 def known_classes() -> dict[str, AttentionClass]:
     """All known attention classes by their qualified names."""
-    from multimax.replacement import plain_torch, timm_classes
+    from multimax.replacement import plain_torch, timm_classes, transformers_classes
 
-    return {**plain_torch.CLASSES, **timm_classes.CLASSES}
+    return {**plain_torch.CLASSES, **timm_classes.CLASSES, **transformers_classes.CLASSES}
 
 
 def normalizes(cls: type[nn.Module]) -> bool:
@@ -101,6 +101,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 def size_of(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """The first of these attributes that is an integer."""
-    values = (getattr(module, name, None) for name in names)
+    """The first of these attributes that is an integer, of a module or of its configuration."""
+    places = (module, getattr(module, "config", None))
+    values = (getattr(place, name, None) for place in places for name in names)
     return next((value for value in values if isinstance(value, int)), None)

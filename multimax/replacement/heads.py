@@ -7,9 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multimax.normalizers import LogitNormalizer, Normalizer, build_preserving_rng
+from multimax.normalizers import (
+    LogitNormalizer,
+    ModulatedSoftMax,
+    Normalizer,
+    build_preserving_rng,
+)
 from multimax.replacement.classes import qualified_name
 from multimax.replacement.interception import derive
+from multimax.replacement.transformers_route import head_obstacle
 
 # Where libraries keep the linear layer that makes the scores of classes or words.
 HEADS = ("lm_head", "classifier", "score", "head", "heads.head", "fc", "qa_outputs")
@@ -47,17 +53,26 @@ def find(model: nn.Module, options: Mapping[str, Any]) -> Head:
             f"output=True: {options['name']} is not SoftMax of other scores, so that cross-entropy "
             "is not its loss: use multimax.output_loss(normalizer, scores, target) in your training"
         )
-    layer = _head(model)
+    layer = output_layer(model)
     if layer is None:
         raise ValueError(
             f"output=True: {type(model).__name__} has no output layer that is known: put "
             "normalizer.logits(scores) behind it yourself"
         )
+    obstacle = head_obstacle(model)
+    if obstacle is not None:
+        raise ValueError(f"output=True: {type(model).__name__}: {obstacle}")
     names = {module: name for name, module in model.named_modules()}
+    if names[layer] == "qa_outputs" and not isinstance(normalizer, ModulatedSoftMax):
+        raise ValueError(
+            "output=True: SoftMax of qa_outputs is over positions, which its layer does not see; "
+            f"only a modulation of single scores can be put there, {options['name']} is none"
+        )
     return Head(names[layer], layer, like_weights(normalizer, layer))
 
 
-def _head(model: nn.Module) -> nn.Module | None:
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The linear layer that makes the scores of classes or words; None if none is known."""
     for method in ("get_output_embeddings", "get_classifier"):
         layer = getattr(model, method, lambda: None)()
         if isinstance(layer, nn.Linear):

@@ -75,10 +75,13 @@ def replace_softmax(
         share_scalars(model, (layer.module for layer in layers))
     if head is not None:
         head.install()
-    if layers:
-        arguments = {**options, "attention": attention, "output": output}
-        arguments |= {"skip": patterns, "bias_place": bias_place}
+    arguments = {**options, "attention": attention, "output": output, "bias_place": bias_place}
+    arguments["skip"] = [found.name for found in left if not found.left]
+    try:
         routes.finish(model, [found.module for found in left], arguments)
+    except ValueError:
+        restore_softmax(model)
+        raise
     return Replacement(
         attention=[Entry(f.name, f.kind, repr(f.module.normalizer)) for f in layers],
         output=[Entry(head.name, head.kind, repr(head.normalizer))] if head else [],
@@ -144,6 +147,9 @@ def _choose(
 def _for_layer(options: Mapping[str, Any], layer: nn.Module) -> Normalizer:
     """A normalizer for one attention layer, on its device; its scalars are fp32 or wider."""
     num_heads, head_dim = size_of(layer, HEADS), size_of(layer, HEAD_DIM)
+    scaling = getattr(layer, "scaling", None)
+    if options.get("before_scale") and isinstance(scaling, float):  # not always head_dim**-0.5
+        options = {**options, "before_scale": False, "score_scale": scaling}
     if options.get("before_scale") and head_dim is None:
         raise ValueError(
             f"before_scale needs the head dimension, which {type(layer).__name__} does not tell: "

@@ -114,7 +114,7 @@ def finish(model: nn.Module, left: Collection[nn.Module], arguments: Mapping[str
     for module in left:
         if transformers_route.asks_interface(type(module)):
             module.keeps_softmax = True  # pyright: ignore[reportArgumentType]
-    for module in model.modules():
+    for module in model.modules() if arguments["attention"] else ():
         if isinstance(module, plain_torch.FUSED) and not is_replaced(module):
             module.__class__ = guarded(type(module))
     transformers_route.switch_on(model)

@@ -5,6 +5,7 @@ A module that asks the interface for its attention keeps its class; what the int
 for torch's attention: an implementation without a mask function of its own would get none.
 """
 
+import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,22 +13,31 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from multimax.attention import attention
 from multimax.normalizers import Normalizer
-from multimax.replacement.additive import split_additive
 from multimax.replacement.classes import names_used
+from multimax.replacement.transformers_attention import REFUSED, attend
 
 IMPLEMENTATION = "multimax"
-# Arguments of attention functions that change what is normalized, and what each is.
-REFUSED = {
-    "softcap": "scores are capped by tanh before SoftMax",
-    "s_aux": "SoftMax has a learned sink beside the keys",
+# The same with masks that are added to scores, for models whose other attention wants such masks.
+ADDITIVE = "multimax_additive"
+# Saved in the place of an implementation, which nobody has: transformers refuses to load the model,
+# and names what is to be used.
+SAVED_IMPLEMENTATION = "multimax.load_pretrained"
+# What SoftMax in a class of transformers is for, by its name, if not for attention.
+NOT_ATTENTION = {
+    r"Router|Gat(e|ing)$|MoE|Moe|Experts": "it chooses experts",
+    r"Loss|Criterion|HungarianMatcher": "it is part of a loss",
+    r"GumbelVectorQuantizer": "it chooses codes",
 }
-# Attributes of modules that come with those arguments.
-REFUSED_ATTRIBUTES = {"attn_logit_softcapping": "softcap", "sinks": "s_aux"}
+# Settings by which models change the scores after their output layer, and when they do not.
+AFTER_THE_HEAD = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+}
 
 
 def pretrained_models(model: nn.Module) -> list[Any]:
@@ -52,11 +62,9 @@ def asks_interface(cls: type[nn.Module]) -> bool:
 def not_attention(module: nn.Module) -> str | None:
     """What the SoftMax of a module that asks for no attention is for, if that is known."""
     name = type(module).__name__
-    if not type(module).__module__.startswith("transformers."):
+    if not type(module).__module__.startswith("transformers.") or "Attention" in name:
         return None
-    if re.search("Router|Gate|Moe|MoE|Experts", name):
-        return "it chooses experts"
-    return "it is a loss" if re.search("Loss|Criterion", name) else None
+    return next((use for pattern, use in NOT_ATTENTION.items() if re.search(pattern, name)), None)
 
 
 def is_model(module: nn.Module) -> bool:
@@ -67,10 +75,17 @@ def is_model(module: nn.Module) -> bool:
 
 def obstacle(module: nn.Module) -> str | None:
     """Why no other normalizer can take the place of SoftMax in a module; None if one can."""
-    for attribute, argument in REFUSED_ATTRIBUTES.items():
-        if getattr(module, attribute, None) is not None:
-            return REFUSED[argument]
+    for name in _keywords(type(module)) & REFUSED.keys():
+        if name != "s_aux" or getattr(module, "sinks", ...) is not None:
+            return REFUSED[name]
     return None
+
+
+@cache
+def _keywords(cls: type[nn.Module]) -> set[str]:
+    """The names of keyword arguments in the forward of a module class."""
+    constants = inspect.unwrap(cls.forward).__code__.co_consts
+    return {name for names in constants if isinstance(names, tuple) for name in names}
 
 
 def install(module: Any, normalizer: Normalizer, bias_place: str) -> None:
@@ -80,12 +95,24 @@ def install(module: Any, normalizer: Normalizer, bias_place: str) -> None:
 
 
 def switch_on(model: nn.Module) -> None:
-    """Let all models of transformers in a model use `attend`."""
+    """Let all models of transformers in a model use `attend`.
+
+    Raises:
+        ValueError: an attention module does not, since it is in no such model.
+    """
     for pretrained in pretrained_models(model):
         if any(map(is_replaced, pretrained.modules())):
             register()
-            pretrained.softmax_implementation = _implementations(pretrained)
-            pretrained.set_attn_implementation(IMPLEMENTATION)
+            pretrained.softmax_implementation = _implementations(pretrained.config)
+            pretrained.set_attn_implementation(_implementation(pretrained))
+    for name, module in model.named_modules():
+        config: Any = getattr(module, "config", None)
+        if is_replaced(module) and config._attn_implementation not in (IMPLEMENTATION, ADDITIVE):
+            raise ValueError(
+                f"{name or 'the model'} ({type(module).__name__}) asks the configuration of its "
+                "model for its attention, and the model is not there: use replace_softmax on the "
+                "whole model"
+            )
 
 
 def switch_off(model: nn.Module) -> None:
@@ -94,8 +121,11 @@ def switch_off(model: nn.Module) -> None:
         before = vars(pretrained).pop("softmax_implementation", None)
         if before is not None:
             pretrained.set_attn_implementation(before)
-            vars(pretrained.config).pop("multimax", None)
-            vars(pretrained.config).pop("attn_implementation", None)
+        if vars(pretrained).pop("_tied_weights_keys", None) is not None:
+            pretrained.all_tied_weights_keys = pretrained.get_expanded_tied_weights_keys(True)
+        for config in configurations(pretrained.config):
+            vars(config).pop("multimax", None)
+            vars(config).pop("attn_implementation", None)
 
 
 @contextmanager
@@ -108,7 +138,7 @@ def suspended(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for pretrained in switched:
-            pretrained.set_attn_implementation(IMPLEMENTATION)
+            pretrained.set_attn_implementation(_implementation(pretrained))
 
 
 def is_replaced(module: nn.Module) -> bool:
@@ -121,148 +151,75 @@ def is_replaced(module: nn.Module) -> bool:
 def record(model: nn.Module, arguments: Mapping[str, Any]) -> None:
     """Note in the configurations of models how they were replaced, for `load_pretrained`.
 
-    The name of the implementation goes with it, so that nothing else can load the model silently.
+    They name an implementation that does not exist, so that nothing else loads the model silently.
+    Shared scalars are declared, as transformers wants it before it saves them.
     """
     for pretrained in pretrained_models(model):
-        if "softmax_implementation" in vars(pretrained):
-            pretrained.config.multimax = dict(arguments)
-            pretrained.config.attn_implementation = IMPLEMENTATION
+        if not any(isinstance(module, Normalizer) for module in pretrained.modules()):
+            continue
+        for config in configurations(pretrained.config):
+            config.multimax = dict(arguments)
+            config.attn_implementation = SAVED_IMPLEMENTATION
+        tied = _shared_scalars(pretrained)
+        if tied:
+            pretrained._tied_weights_keys = {**(pretrained._tied_weights_keys or {}), **tied}
+            pretrained.all_tied_weights_keys = {**pretrained.all_tied_weights_keys, **tied}
+
+
+def _shared_scalars(model: nn.Module) -> dict[str, str]:
+    """The names of shared scalars, each with the first name of the same."""
+    first: dict[nn.Parameter, str] = {}
+    names: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if "normalizer" in name.split(".") and first.setdefault(parameter, name) != name:
+            names[name] = first[parameter]
+    return names
+
+
+def configurations(config: Any) -> Iterator[Any]:
+    """A configuration and those in it."""
+    yield config
+    for name in config.sub_configs:
+        if getattr(config, name, None) is not None:
+            yield from configurations(getattr(config, name))
+
+
+def _implementation(pretrained: Any) -> str:
+    """Ours that goes with the masks of all attention in a model."""
+    inside = [module for module in pretrained.modules() if is_model(module)]
+    return IMPLEMENTATION if all(module._supports_sdpa for module in inside) else ADDITIVE
+
+
+def _implementations(config: Any) -> dict[str, Any]:
+    """What `set_attn_implementation` takes to bring the present state back."""
+    inside = {name: getattr(config, name, None) for name in config.sub_configs}
+    own = {"": config._attn_implementation}
+    return own | {name: _implementations(sub) for name, sub in inside.items() if sub is not None}
 
 
 def register() -> None:
-    """Make the implementation known to transformers."""
+    """Make the implementations known to transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask, sdpa_mask
 
-    AttentionInterface.register(IMPLEMENTATION, attend)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-
-
-def _implementations(pretrained: Any) -> dict[str, Any]:
-    """What `set_attn_implementation` takes to bring the present state back."""
-    config = pretrained.config
-    return {"": config._attn_implementation} | {
-        name: getattr(config, name)._attn_implementation
-        for name in config.sub_configs
-        if getattr(config, name, None) is not None
-    }
+    for name, mask in ((IMPLEMENTATION, sdpa_mask), (ADDITIVE, eager_mask)):
+        AttentionInterface.register(name, attend)
+        AttentionMaskInterface.register(name, mask)
 
 
-def attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    position_bias: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention with the normalizer of a module, as transformers calls it.
-
-    Args:
-        module: that calls it.
-        query: (batch, heads, queries, head_dim).
-        key: (batch, key_heads, keys, head_dim).
-        value: (batch, key_heads, keys, value_dim).
-        attention_mask: (batch, 1 or heads, queries, keys); None is all keys, or the causal ones.
-        dropout: of the probabilities.
-        scaling: of the scores.
-        is_causal: whether no mask means the causal one; None is as the module says.
-        position_bias: added to the scores.
-        options: what else a model passes.
-
-    Returns:
-        (batch, queries, heads, value_dim), and the probabilities if `output_attentions` is set.
-
-    Raises:
-        RuntimeError: the module has no normalizer.
-        ValueError: an option changes what is normalized.
-    """
-    for name, reason in REFUSED.items():
-        if options.get(name) is not None:
-            raise ValueError(f"{type(module).__name__}: {reason}, which MultiMax does not know")
-    normalizer = getattr(module, "normalizer", None)
-    if normalizer is None:
-        if not getattr(module, "keeps_softmax", False):
-            raise RuntimeError(
-                f"{type(module).__name__} has no normalizer, but its model was saved with one: "
-                "load it by multimax.load_pretrained(model_class, folder)"
-            )
-        from multimax.normalizers import SoftMax
-
-        normalizer = SoftMax()
-    mask, bias = split_additive(attention_mask)
-    if position_bias is not None:
-        bias = position_bias if bias is None else bias + position_bias
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    queries = query.size(2)
-    causal = queries > 1 and attention_mask is None and bool(is_causal)
-    if causal and key.size(2) > queries:  # an empty cache of fixed size: the rest is not filled
-        key, value = key[:, :, :queries], value[:, :, :queries]
-        bias = bias if bias is None else bias[..., :queries]
-    arguments = {
-        "mask": mask,
-        "causal": causal,
-        "dropout": dropout,
-        "scale": scaling,
-        "bias": bias,
-        "bias_place": getattr(module, "bias_place", "after"),
-    }
-    if not options.get("output_attentions"):
-        out = attention(query, key, value, normalizer, **arguments)
-        return out.transpose(1, 2).contiguous(), None
-    unit = torch.eye(key.size(2), dtype=value.dtype, device=value.device)
-    unit = unit.expand(*key.shape[:2], -1, -1)
-    probabilities = attention(query, key, unit, normalizer, **arguments)
-    value = value.repeat_interleave(query.size(1) // value.size(1), dim=1)
-    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
-
-
-def load_pretrained(model_class: Any, name: str, **options: Any) -> Any:
-    """A model of transformers that was saved after `replace_softmax`, with its scalars.
-
-        model = load_pretrained(AutoModelForCausalLM, "folder")
-
-    Args:
-        model_class: a model class or an "Auto" class of transformers.
-        name: a folder, or a name on the hub.
-        options: of `from_pretrained`.
-
-    Raises:
-        ValueError: it was not saved with another normalizer.
-    """
-    from transformers import AutoConfig
-
-    from multimax.replacement.replace import replace_softmax
-
-    register()
-    config = options.pop("config", None) or AutoConfig.from_pretrained(name)
-    arguments = getattr(config, "multimax", None)
-    if not isinstance(arguments, dict):
-        raise ValueError(
-            f"{name} was not saved with another normalizer: use "
-            f"{model_class.__name__}.from_pretrained and replace_softmax"
-        )
-    own = model_class
-    if hasattr(model_class, "_model_mapping"):
-        own = model_class._model_mapping[type(config)]
-
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        own.__init__(self, *args, **kwargs)
-        self.set_attn_implementation("sdpa")
-        replace_softmax(self, **arguments)
-
-    members = {
-        "__init__": init,
-        "__module__": own.__module__,
-        "_keep_in_fp32_modules_strict": [
-            *(own._keep_in_fp32_modules_strict or []),
-            "normalizer",
-        ],
-    }
-    model = type(own.__name__, (own,), members).from_pretrained(name, config=config, **options)
-    model.__class__ = own
-    return model
+def head_obstacle(model: Any) -> str | None:
+    """Why scores modulated in its output layer would not be those that a model returns."""
+    if not is_model(model):
+        return None
+    for name, harmless in AFTER_THE_HEAD.items():
+        value = getattr(model.config.get_text_config(), name, harmless)
+        if value not in (None, harmless):
+            return f"it changes the scores after its output layer ({name}={value})"
+    bias = getattr(model, "final_logits_bias", None)
+    if bias is not None and bias.any():
+        return "it adds final_logits_bias to the scores after its output layer"
+    problem = getattr(model.config, "problem_type", None)
+    labels = "ForSequenceClassification" in type(model).__name__ and model.config.num_labels
+    if labels == 1 or problem in ("regression", "multi_label_classification"):
+        return "its loss is not the cross-entropy of a SoftMax"
+    return None

@@ -50,7 +50,9 @@ def verify_replacement(model: nn.Module, *args: Any, **kwargs: Any) -> Verificat
     """Compare a model of `replace_softmax` with itself before the replacement, on one batch.
 
     With `init="identity"` the differences are rounding errors, about 1e-6 in fp32, until the
-    scalars have been trained. The model, its gradients and its mode stay as they are.
+    scalars have been trained. A query that may attend to nothing (padding on the left, or a mask of
+    both sides) gets zeros here; eager attention of transformers gives it the mean of all values, so
+    compare on a batch without such queries. The model, its gradients and its mode stay as they are.
 
     Args:
         model: with replacements.
@@ -95,8 +97,13 @@ def _difference(model: nn.Module, outputs: Callable[[], list[Tensor]]) -> float:
 
 
 def _largest(first: list[Tensor], second: list[Tensor]) -> float:
-    pairs = zip(first, second, strict=True)
-    return max((a.double() - b.double()).abs().nan_to_num(0.0).max().item() for a, b in pairs)
+    """Of what `second` has a number for; infinite where `first` has none there."""
+    largest = 0.0
+    for a, b in zip(first, second, strict=True):
+        skipped = (a == b) | b.isnan()  # also infinities, and rows in which all keys are masked
+        difference = (a.double() - b.double()).abs().masked_fill(skipped, 0.0)
+        largest = max(largest, difference.nan_to_num(torch.inf, torch.inf).max().item())
+    return largest
 
 
 def _gradients(outputs: list[Tensor], normalizers: dict[str, Normalizer]) -> dict[str, float]:
@@ -117,17 +124,27 @@ def _gradients(outputs: list[Tensor], normalizers: dict[str, Normalizer]) -> dic
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     """The model in a mode, without dropout."""
     modes = {module: module.training for module in model.modules()}
-    rates = {m: m.p for m in modes if isinstance(m, nn.modules.dropout._DropoutNd)}
+    rates = [
+        (module, name, value)
+        for module in modes
+        for name, value in vars(module).items()
+        if isinstance(value, float) and _is_rate(module, name)
+    ]
     model.train(training)
-    for module in rates:
-        module.p = 0.0
+    for module, name, _ in rates:
+        setattr(module, name, 0.0)
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for module, rate in rates.items():
-            module.p = rate
+        for module, name, value in rates:
+            setattr(module, name, value)
+
+
+def _is_rate(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is a dropout rate, such as `p` of nn.Dropout or `drop_prob`."""
+    return "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
 
 
 @contextmanager

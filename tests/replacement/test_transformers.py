@@ -1,37 +1,25 @@
-"""Models of transformers with another normalizer: outputs, caches, generation, files."""
+"""Models of transformers with another normalizer: outputs, caches, generation."""
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from transformers_models import GENERATING, MODELS, REFUSED, build, inputs
+from transformers_models import (
+    GENERATING,
+    INTERCEPTED,
+    MODELS,
+    REFUSED,
+    build,
+    first,
+    inputs,
+    move,
+)
 
 from multimax import MultiMax, load_pretrained, replace_softmax, restore_softmax, verify_replacement
 from multimax.attention import attention
 
-transformers = pytest.importorskip("transformers")
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def first(output):
-    return output[0] if output[0].dim() else output[1]  # not the loss
-
-
-def move(model, size=0.3):
-    """Let the normalizers differ from SoftMax."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, MultiMax):
-                module.ts.copy_(torch.randn(module.ts.shape, generator=generator) * size)
+pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -45,7 +33,7 @@ def test_a_model_starts_as_itself_and_comes_back(name):
     assert len(report.attention) == MODELS[name][-1]
     verification = verify_replacement(model, **arguments)
     assert verification.evaluation < 2e-6
-    assert verification.training is None or verification.training < 2e-6
+    assert verification.training < 2e-6
     assert verification.called == verification.normalizers == MODELS[name][-1]
     assert all(gradient > 0 for gradient in verification.gradients.values())
     move(model, 1.0)
@@ -54,6 +42,31 @@ def test_a_model_starts_as_itself_and_comes_back(name):
         restore_softmax(model)
         assert first(model(**arguments)).equal(expected)
     assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("name", INTERCEPTED)
+def test_classes_that_do_not_ask_the_interface(name, tmp_path):
+    model = build(name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # their scores are all but equal otherwise
+                parameter.normal_(std=0.3)
+    arguments, place = inputs(name, model), INTERCEPTED[name][-1]
+    if place == "before":
+        with pytest.raises(ValueError, match="bias would be modulated"):
+            replace_softmax(model)
+    replace_softmax(model, bias_place=place)
+    verification = verify_replacement(model, **arguments)
+    assert verification.evaluation < 2e-6
+    assert verification.called == verification.normalizers
+    assert all(gradient > 0 for gradient in verification.gradients.values())
+    move(model, 1.0)
+    assert verify_replacement(model, **arguments).evaluation > 1e-3
+    expected = first(model(**arguments))
+    model.save_pretrained(tmp_path)
+    assert first(load_pretrained(type(model), tmp_path).eval()(**arguments)).equal(expected)
+    with pytest.raises(ValueError, match="load_pretrained"):
+        type(model).from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -139,7 +152,7 @@ def test_training_with_checkpoints_is_training_without():
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["BERT", "Llama"])
+@pytest.mark.parametrize("name", ["BERT", "Gemma 2", pytest.param("T5", marks=pytest.mark.slow)])
 def test_one_graph(name):
     model = build(name)
     replace_softmax(model)
@@ -184,75 +197,6 @@ def test_attention_probabilities_are_returned():
         torch.testing.assert_close(ours[allowed], theirs[allowed], atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("BERT", {}),
-        ("Llama", {"output": True}),
-        ("T5", {"output": True, "skip": "encoder.*"}),
-        ("CLIP", {"name": "entmax", "learned": True}),
-    ],
-)
-def test_saved_models_keep_their_scalars(name, options, tmp_path):
-    model = build(name)
-    replace_softmax(model, **options)
-    move(model)
-    model.save_pretrained(tmp_path)
-    again = load_pretrained(type(model), tmp_path).eval()
-    assert type(again) is type(model)
-    assert again.state_dict().keys() == model.state_dict().keys()
-    arguments = inputs(name, model)
-    assert first(again(**arguments)).equal(first(model(**arguments)))
-
-
-def test_layers_that_are_skipped_stay_so(tmp_path):
-    model = build("T5")
-    arguments = inputs("T5", model)
-    report = replace_softmax(model, skip="decoder.*")
-    assert (len(report.attention), len(report.left)) == (2, 4)
-    assert verify_replacement(model, **arguments).evaluation < 2e-6
-    move(model)
-    model.save_pretrained(tmp_path)
-    auto = load_pretrained(transformers.AutoModelForSeq2SeqLM, tmp_path).eval()
-    assert first(auto(**arguments)).equal(first(model(**arguments)))
-
-
-LOAD = """
-import sys, torch, transformers
-{register}
-model = transformers.BertForMaskedLM.from_pretrained(sys.argv[1])
-model(torch.ones(1, 3, dtype=torch.long))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("register", "message"),
-    [
-        ("", 'attn_implementation="multimax"` is not supported'),
-        (
-            "from multimax.replacement import transformers_route; transformers_route.register()",
-            "load it by multimax.load_pretrained",
-        ),
-    ],
-)
-def test_nothing_else_loads_a_saved_model_silently(register, message, tmp_path):
-    model = build("BERT")
-    replace_softmax(model)
-    model.save_pretrained(tmp_path)
-    script = LOAD.format(register=register)
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert message in result.stderr
-
-
-def test_an_ordinary_folder_is_refused(tmp_path):
-    build("BERT").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="was not saved with another normalizer"):
-        load_pretrained(transformers.BertForMaskedLM, tmp_path)
-
-
 def test_copies_are_models_of_their_own():
     model = build("Llama")
     replace_softmax(model)
@@ -266,17 +210,6 @@ def test_copies_are_models_of_their_own():
         assert first(model(**arguments)).equal(expected)
 
 
-def test_the_output_layer_of_a_language_model():
-    model = build("Llama")
-    arguments = inputs("Llama", model)
-    logits = model(**arguments).logits
-    replace_softmax(model, attention=False, output=True)
-    torch.testing.assert_close(model(**arguments).logits, logits, atol=1e-6, rtol=1e-6)
-    move(model)
-    expected = model.lm_head.normalizer.modulate(logits)
-    torch.testing.assert_close(model(**arguments).logits, expected, atol=1e-6, rtol=1e-6)
-
-
 def test_grouped_heads_and_masks_reach_attention():
     """The function that transformers calls, against `attention` itself."""
     from multimax.replacement.transformers_route import attend
@@ -288,5 +221,5 @@ def test_grouped_heads_and_masks_reach_attention():
     expected = attention(query, key, value, module.normalizer, causal=True, scale=0.3)
     assert out.transpose(1, 2).equal(expected)
     assert weights is None
-    with pytest.raises(ValueError, match="capped by tanh"):
-        attend(module, query, key, value, None, softcap=30.0)
+    with pytest.raises(ValueError, match="learned sink"):
+        attend(module, query, key, value, None, s_aux=torch.zeros(4))
