@@ -155,10 +155,9 @@ def differentiable_gradients(
     output: Tensor, inputs: Sequence[Tensor | None], grad: Tensor
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, of the inputs that need one."""
-    needs = [tensor is not None and tensor.requires_grad for tensor in inputs]
-    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+    wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
-    return [next(found) if need else None for need in needs]
+    return [None if t is None or not t.requires_grad else next(found) for t in inputs]
 
 
 def _rows_last(scores: Tensor, dim: int, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
