@@ -32,6 +32,13 @@ MODELS = {
     "CaiT": ("cait_xxs24_224", {**VIT, "init_values": 1.0}, 32, 4),
     "MaxViT": ("test_maxvit", {**SMALL, "img_size": 64}, 64, 8),
     "XCiT": ("xcit_nano_12_p16_224", {**VIT, "patch_size": 16, "eta": 1.0}, 32, 4),
+    "SAM": (
+        "samvit_base_patch16",
+        {**VIT, "patch_size": 4, "window_size": 2, "global_attn_indexes": (1,)},
+        32,
+        2,
+    ),
+    "behind a ResNet": ("vit_tiny_r_s16_p8_224", {**SMALL, "img_size": 64, "depth": 2}, 64, 2),
     "mobile": ("mobilevit_xxs", {"num_classes": 10}, 192, 9),
     "LeViT": ("levit_128s", {"num_classes": 10}, 224, 11),
 }
