@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from experiments.drop_in.transformers_models import INTERCEPTED, MODELS, REFUSED, inputs
+from experiments.drop_in.transformers_models import build as build_transformers
+
 Built = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 
 
@@ -97,6 +100,11 @@ def families() -> list[Family]:
     """All of them, by library."""
     found = [Family("timm", name, _timm(name), _place(name)) for name in TIMM]
     found += [Family("torchvision", name, _torchvision(name), _place(name)) for name in TORCHVISION]
+    models = {**MODELS, **INTERCEPTED, **REFUSED}
+    found += [
+        Family("transformers", name, _transformers(name), _transformers_place(name))
+        for name in models
+    ]
     found += [
         Family("torch", "TransformerEncoder", _encoder),
         Family("torch", "Transformer", _transformer),
@@ -106,6 +114,18 @@ def families() -> list[Family]:
 
 def _place(name: str) -> str:
     return "before" if name in BEFORE else "after"
+
+
+def _transformers_place(name: str) -> str:
+    return INTERCEPTED[name][-1] if name in INTERCEPTED else "after"
+
+
+def _transformers(name: str) -> Callable[[], Built]:
+    def build() -> Built:
+        model = stirred(build_transformers(name))
+        return model, (), inputs(name, model)
+
+    return build
 
 
 def _timm(name: str) -> Callable[[], Built]:

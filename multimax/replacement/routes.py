@@ -66,7 +66,7 @@ def find(model: nn.Module, also: Collection[type[nn.Module]], bias_place: str) -
         kind = _describe(module, also)
         assert kind is not None
         obstacle = kind.refused or _bias_obstacle(kind, bias_place)
-        if transformers_route.asks_interface(type(module)):
+        if obstacle is None and transformers_route.asks_interface(type(module)):
             obstacle = transformers_route.obstacle(module)
         if kind.not_attention is None and obstacle is None and hasattr(module, "normalizer"):
             obstacle = "it has an attribute `normalizer` already"

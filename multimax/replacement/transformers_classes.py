@@ -35,14 +35,22 @@ bloom.modeling_bloom.BloomAttention
 data2vec.modeling_data2vec_vision.Data2VecVisionSelfAttention
 deberta.modeling_deberta.DisentangledSelfAttention
 deberta_v2.modeling_deberta_v2.DisentangledSelfAttention
-donut.modeling_donut_swin.DonutSwinSelfAttention
 falcon.modeling_falcon.FalconAttention
 funnel.modeling_funnel.FunnelRelMultiheadAttention
 mpnet.modeling_mpnet.MPNetSelfAttention
 mpt.modeling_mpt.MptAttention
-swinv2.modeling_swinv2.Swinv2SelfAttention
 vitdet.modeling_vitdet.VitDetAttention
 """
+# Shifted windows: they add -100 where nothing belongs together, to the scores themselves ...
+SHIFTED = """
+clap.modeling_clap.ClapAudioSelfAttention
+donut.modeling_donut_swin.DonutSwinSelfAttention
+maskformer.modeling_maskformer_swin.MaskFormerSwinSelfAttention
+swin2sr.modeling_swin2sr.Swin2SRSelfAttention
+swinv2.modeling_swinv2.Swinv2SelfAttention
+"""
+# ... or to the mask that they give the interface.
+SHIFTED_MASK = "swin.modeling_swin.SwinAttention"
 REFUSED = {
     "big_bird.modeling_big_bird.BigBirdBlockSparseAttention": "it has a SoftMax for each kind of "
     "block",
@@ -60,6 +68,8 @@ REFUSED = {
 _FOUND = [
     *((name, AttentionClass()) for name in PLAIN.split()),
     *((name, AttentionClass(biased_scores=True)) for name in BIASED.split()),
+    *((name, AttentionClass(biased_scores=True, finite_mask=True)) for name in SHIFTED.split()),
+    (SHIFTED_MASK, AttentionClass(finite_mask=True)),
     *((name, AttentionClass(refused=reason)) for name, reason in REFUSED.items()),
 ]
 CLASSES = {f"transformers.models.{name}": known for name, known in _FOUND}

@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 import torch
-from transformers_models import (
+
+from experiments.drop_in.transformers_models import (
     GENERATING,
     INTERCEPTED,
     MODELS,
@@ -15,7 +16,6 @@ from transformers_models import (
     inputs,
     move,
 )
-
 from multimax import MultiMax, load_pretrained, replace_softmax, restore_softmax, verify_replacement
 from multimax.attention import attention
 

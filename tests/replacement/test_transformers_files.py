@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from transformers_models import build, first, inputs, move
 
+from experiments.drop_in.transformers_models import build, first, inputs, move
 from multimax import MultiMax, load_pretrained, replace_softmax, restore_softmax, verify_replacement
 
 transformers = pytest.importorskip("transformers")

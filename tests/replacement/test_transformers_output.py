@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from transformers_models import build, inputs, move
 
+from experiments.drop_in.transformers_models import build, inputs, move
 from multimax import replace_softmax, restore_softmax
 
 transformers = pytest.importorskip("transformers")

@@ -107,13 +107,6 @@ INTERCEPTED = {
         {**WIDE, "num_attention_heads": 4, "alibi": True},
         "before",
     ),
-    "Swin v2": (
-        "Swinv2ForImageClassification",
-        "Swinv2Config",
-        {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2], "num_heads": [2]}
-        | {"window_size": 4},
-        "before",
-    ),
     "GPT-Neo": (
         "GPTNeoForCausalLM",
         "GPTNeoConfig",
@@ -135,6 +128,13 @@ REFUSED = {
         "XLNetConfig",
         {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
         "two streams",
+    ),
+    "Swin v2": (
+        "Swinv2ForImageClassification",
+        "Swinv2Config",
+        {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2], "num_heads": [2]}
+        | {"window_size": 4},
+        "adding -100",
     ),
     "Longformer": ("LongformerModel", "LongformerConfig", SIZES, "global tokens"),
 }
@@ -160,7 +160,7 @@ def inputs(name, model):
     mask = torch.ones(2, 9, dtype=torch.long)
     # Of eager attention, tokens that see nothing get the mean of all values: no such tokens.
     mask[1, slice(-3, None) if name in EAGER else slice(3)] = 0
-    if name in ("ViT", "DINOv2", "Swin", "BEiT", "Swin v2"):
+    if name in ("ViT", "DINOv2", "Swin", "BEiT"):
         return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator)}
     if name == "Whisper":
         features = torch.randn(2, 8, 32, generator=generator)
@@ -177,6 +177,7 @@ def inputs(name, model):
 
 
 def first(output):
+    """The first tensor of an output that is not its loss."""
     return output[0] if output[0].dim() else output[1]  # not the loss
 
 
