@@ -26,8 +26,9 @@ from multimax.metrics import (
     top_k_mass,
     uniform_reference,
 )
+from multimax.monitoring import monitor
 from multimax.normalizers import *  # noqa: F403
-from multimax.parameters import parameter_groups
+from multimax.parameters import clip_gradients, parameter_groups
 from multimax.replacement import (
     load_pretrained,
     replace_softmax,
@@ -38,6 +39,7 @@ from multimax.replacement import (
 __version__ = "0.1.0"
 __all__ = [
     "NormalizerRecorder",
+    "clip_gradients",
     "entmax15_loss",
     "entropy",
     "fenchel_young_loss",
@@ -45,6 +47,7 @@ __all__ = [
     "load_pretrained",
     "mean_of_defined",
     "modulator_health",
+    "monitor",
     "multi_modality",
     "output_loss",
     "parameter_groups",

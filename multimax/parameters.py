@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from multimax.normalizers import Normalizer
 
@@ -43,3 +44,53 @@ def parameter_groups(
         | scalars,
     ]
     return [group for group in groups if group["params"]]
+
+
+class GradientClipping:
+    """Clips the gradient norm of the weights and of the normalizers' scalars apart from each other.
+
+    The few scalars of an output layer collect a gradient from every score, so that their norm grows
+    with the square root of the vocabulary; within one global norm they would shrink every other
+    gradient of the model.
+    """
+
+    def __init__(self, model: nn.Module, max_norm: float | None) -> None:
+        scalars = normalizer_parameters(model)
+        scalar_ids = {id(parameter) for parameter in scalars}
+        weights = [parameter for parameter in model.parameters() if id(parameter) not in scalar_ids]
+        self.groups: list[list[nn.Parameter]] = [group for group in (weights, scalars) if group]
+        self.max_norm = max_norm
+
+    def norms(self) -> list[Tensor]:
+        """Norms of the gradients as they are: of the weights, then of the scalars if any."""
+        return [
+            torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+            for group in self.groups
+        ]
+
+    def clip(self, norms: list[Tensor]) -> None:
+        """Scale the gradients, of which `norms` are the norms, down to the maximum in place."""
+        if self.max_norm is not None:
+            for group, norm in zip(self.groups, norms, strict=True):
+                torch.nn.utils.clip_grads_with_norm_(group, self.max_norm, norm)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> list[Tensor]:
+    """Clip the gradients of the weights and of the normalizers' scalars apart, in place.
+
+    Args:
+        model: after the backward pass.
+        max_norm: of each of the two groups, positive.
+
+    Returns:
+        The norms before: of the weights, then of the scalars, where there are any.
+
+    Raises:
+        ValueError: `max_norm` is not positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm!r}")
+    clipping = GradientClipping(model, max_norm)
+    norms = clipping.norms()
+    clipping.clip(norms)
+    return norms

@@ -16,7 +16,7 @@ LAYERS = (
     ("kernels",),
     ("normalizers",),
     ("attention", "losses", "metrics", "parameters"),
-    ("data", "models"),
+    ("data", "models", "monitoring"),
     ("decoding", "replacement"),
     ("tasks",),
     ("training",),

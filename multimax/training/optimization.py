@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
+from torch import nn
 
 from multimax.parameters import normalizer_parameters
 from multimax.training.schedules import FORMULAS, SCHEDULES
@@ -106,32 +106,3 @@ class LearningRate:
             self.scheduler.step(update // self.updates_per_unit)
         else:
             self.scheduler.step_update(update)
-
-
-class GradientClipping:
-    """Clips the gradient norm of the weights and of the normalizers' scalars apart from each other.
-
-    The few scalars of an output layer collect a gradient from every score, so that their norm grows
-    with the square root of the vocabulary; within one global norm they would shrink every other
-    gradient of the model.
-    """
-
-    def __init__(self, model: nn.Module, max_norm: float | None) -> None:
-        scalars = normalizer_parameters(model)
-        scalar_ids = {id(parameter) for parameter in scalars}
-        weights = [parameter for parameter in model.parameters() if id(parameter) not in scalar_ids]
-        self.groups: list[list[nn.Parameter]] = [group for group in (weights, scalars) if group]
-        self.max_norm = max_norm
-
-    def norms(self) -> list[Tensor]:
-        """Norms of the gradients as they are: of the weights, then of the scalars if any."""
-        return [
-            torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
-            for group in self.groups
-        ]
-
-    def clip(self, norms: list[Tensor]) -> None:
-        """Scale the gradients, of which `norms` are the norms, down to the maximum in place."""
-        if self.max_norm is not None:
-            for group, norm in zip(self.groups, norms, strict=True):
-                torch.nn.utils.clip_grads_with_norm_(group, self.max_norm, norm)

@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 
 from multimax.files import load_checkpoint, save_checkpoint
+from multimax.parameters import GradientClipping
 from multimax.tasks.base import Task
 from multimax.training.checkpoints import (
     Inputs,
@@ -20,7 +21,7 @@ from multimax.training.checkpoints import (
     weights,
 )
 from multimax.training.config import Config
-from multimax.training.optimization import GradientClipping, LearningRate, build_optimizer
+from multimax.training.optimization import LearningRate, build_optimizer
 from multimax.training.random_state import random_state
 
 

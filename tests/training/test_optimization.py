@@ -9,9 +9,9 @@ from torch import nn
 from multimax import MultiMax, SoftMax
 from multimax.models.vision import build_vision_transformer
 from multimax.options import validate
+from multimax.parameters import GradientClipping
 from multimax.training.config import OptimizerSection, read_config
 from multimax.training.optimization import (
-    GradientClipping,
     LearningRate,
     build_optimizer,
     normalizer_parameters,
