@@ -11,6 +11,7 @@ from torch import nn
 NORMALIZES = {
     "softmax",
     "scaled_dot_product_attention",
+    "dispatch_attention_fn",
     "multi_head_attention_forward",
     "flex_attention",
     "flash_attn_func",
@@ -68,14 +69,21 @@ def normalizes(cls: type[nn.Module]) -> bool:
     return bool(names_used(cls) & NORMALIZES)
 
 
-def names_used(cls: type[nn.Module]) -> set[str]:
-    """Names in the code of the forward of a module class.
+def lets_normalize(module: nn.Module) -> bool:
+    """Whether an object that a module holds, such as a processor of diffusers, normalizes."""
+    held = (type(value) for value in vars(module).values() if not isinstance(value, nn.Module))
+    calling = (cls for cls in held if isinstance(vars(cls).get("__call__"), FunctionType))
+    return any(names_used(cls, "__call__", type(module)) & NORMALIZES for cls in calling)
 
-    Its own methods and the functions of its package that it calls are read too; the modules in it
-    are not.
+
+def names_used(cls: type, method: str = "forward", caller: type | None = None) -> set[str]:
+    """Names in the code of a method of a class, such as the forward of a module.
+
+    Its own methods, those of `caller` and the functions of its package that it calls are read too;
+    the modules in it are not.
     """
     package = cls.__module__.partition(".")[0]
-    waiting: list[Any] = [inspect.unwrap(cls.forward)]
+    waiting: list[Any] = [inspect.unwrap(getattr(cls, method))]
     seen: set[CodeType] = set()
     used: set[str] = set()
     while waiting:
@@ -87,6 +95,7 @@ def names_used(cls: type[nn.Module]) -> set[str]:
         used |= names
         for name in names:
             called = function.__globals__.get(name) or getattr(cls, name, None)
+            called = called or getattr(caller, name, None)
             if getattr(called, "__module__", "").partition(".")[0] == package:
                 waiting.append(inspect.unwrap(called) if callable(called) else called)
     return used

@@ -17,6 +17,7 @@ from multimax.replacement.classes import (
     AttentionClass,
     defining_class,
     known_class,
+    lets_normalize,
     normalizes,
     qualified_name,
 )
@@ -169,7 +170,7 @@ def _describe(module: nn.Module, also: Collection[type[nn.Module]]) -> Attention
     known = known_class(cls)
     if known is None and transformers_route.asks_interface(cls):
         return AttentionClass()
-    if known is None and normalizes(cls):
+    if known is None and (normalizes(cls) or lets_normalize(module)):
         other = transformers_route.not_attention(module)
         if other is not None:
             return AttentionClass(not_attention=other)
