@@ -39,4 +39,5 @@ def test_equal_in_onnxruntime(name):
         with torch.no_grad():
             expected = item.module(*inputs)
         expected = [expected] if isinstance(expected, torch.Tensor) else list(expected)
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6)
+        # Logarithms of models are sums of terms around 10, whose last bit is 1e-6.
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
