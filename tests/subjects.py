@@ -29,7 +29,9 @@ ANY = Dim.DYNAMIC
 ROWS, TOKENS = {0: ANY, 2: ANY, 3: ANY}, {0: ANY, 1: ANY}
 
 OVER_QUERIES = [f"{name}-over-queries" for name in ("topk-3", "sparsemax")]
-NORMALIZERS = [*(c for c in CASES if c != "entmax-learned"), "entmax-heads", *OVER_QUERIES]
+# Their code is that of entmax-heads, multimax and softmax.
+REPEATED = ("entmax-learned", "entmax-1.2", "multimax-identity", "softmax-cold")
+NORMALIZERS = [*(c for c in CASES if c not in REPEATED), "entmax-heads", *OVER_QUERIES]
 OPTIONS = {name: {} for name in registered_normalizers()} | {"topk": {"k": 3}}
 LANGUAGE = dict(vocabulary_size=WORDS, padding_index=PADDING, ffn_dim=24, depth=len(OPTIONS))
 IMAGES = dict(num_classes=9, image_size=16, patch_size=8, depth=len(OPTIONS))

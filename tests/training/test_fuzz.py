@@ -29,7 +29,7 @@ from multimax.training.config import check_processes, config_hash, read_config, 
 from multimax.training.trainer import Trainer
 
 VALUES = int(os.environ.get("FUZZ", "600"))
-RUNS = int(os.environ.get("FUZZ_RUNS", "30"))
+RUNS = int(os.environ.get("FUZZ_RUNS", "15"))
 LINES = VALUES // 6
 SEED = os.environ.get("FUZZ_SEED", "")
 WORDS = [
