@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from experiments.scores import EDGES, SCORES, LayerScores, Scores, load_scores, save_scores
 from multimax.data.loading import derive_seed
 from multimax.functional import hidden_entries, to_compute_precision
-from multimax.metrics import Recorder
 from multimax.normalizers import Normalizer
+from multimax.recording import Normalization, Recorder
 from multimax.tasks import build_task
 from multimax.tasks.base import Task, inspected_split
 from multimax.tasks.language_modeling import LanguageModeling
@@ -129,19 +129,11 @@ class AttentionRecorder(Recorder):
             for name, module in self._modules.items()
         }
 
-    def record(
-        self,
-        name: str,
-        probabilities: Tensor,
-        scores: Tensor,
-        dim: int,
-        mask: Tensor | None,
-        bias: Tensor | None,
-    ) -> None:
-        assert bias is None, "the models of the tasks have no attention bias"
-        layer, hidden = self._layers[name], hidden_entries(scores, mask)
+    def record(self, name: str, seen: Normalization) -> None:
+        assert seen.bias is None, "the models of the tasks have no attention bias"
+        layer, hidden = self._layers[name], hidden_entries(seen.scores, seen.mask)
         queries = slice(None) if self._queries is None else self._queries
-        x, p, hidden = (t[:, :, queries] for t in (scores, probabilities, hidden))
+        x, p, hidden = (t[:, :, queries] for t in (seen.scores, seen.probabilities, hidden))
         layer.count(p, hidden)
         for index in range(len(x)):
             if self._first + index in self._sampled:

@@ -14,7 +14,6 @@ from multimax.losses import (
     sparsemax_loss,
 )
 from multimax.metrics import (
-    NormalizerRecorder,
     entropy,
     mean_of_defined,
     modulator_health,
@@ -29,6 +28,7 @@ from multimax.metrics import (
 from multimax.monitoring import monitor
 from multimax.normalizers import *  # noqa: F403
 from multimax.parameters import clip_gradients, parameter_groups
+from multimax.recording import NormalizerRecorder
 from multimax.replacement import (
     load_pretrained,
     replace_softmax,

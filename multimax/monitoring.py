@@ -7,15 +7,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from multimax.metrics import (
-    entropy,
-    mean_of_defined,
-    multi_modality,
-    row_mean,
-    softmax_reference,
-    sparsity,
-)
-from multimax.normalizers import EntMax, MultiMax, Normalizer, SoftMax
+from multimax.functional import MASK_FLOOR
+from multimax.normalizers import Normalizer
+from multimax.parameters import flat_scalars, learned_scalars
+from multimax.recording import Normalization, NormalizerRecorder
 
 ROWS = 1024  # of the scores of a layer that are measured, evenly spaced
 
@@ -25,6 +20,9 @@ def monitor(model: nn.Module, every: int = 100, log: Any = None) -> "Monitor":
 
         with multimax.monitor(model, every=100, log=print):
             train(model)
+
+    The values have the names that this project's own runs have in Weights & Biases, such as
+    "normalizers/blocks.0.attn/sparsity" and "learned/blocks.0.attn/t_b_1".
 
     Passes that are not measured only count. A measured one shows up to 1,024 rows of scores of each
     layer, which its fused kernel does not hold: it takes the definition instead, until the next
@@ -53,16 +51,14 @@ class Monitor:
     def __init__(self, model: nn.Module, every: int, log: Any) -> None:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an integer >= 1, got {every!r}")
-        self._modules = {n: m for n, m in model.named_modules() if isinstance(m, Normalizer)}
-        if not self._modules:
+        if not any(isinstance(module, Normalizer) for module in model.modules()):
             raise ValueError(
                 f"{type(model).__name__} has no normalizer: call replace_softmax first"
             )
         self._send = _sender(log)
         self.every: int = every
         self.step: int = 0
-        self._values: dict[str, float] | None = None
-        self._hooks: list[Any] = []
+        self._sample: _Sample | None = None
         self._own: list[Any] = [
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._end),
@@ -84,89 +80,54 @@ class Monitor:
         if torch.compiler.is_compiling():
             return
         self._unhook()
-        self._values = None  # of a pass that an error ended
         if not model.training:
             return
         self.step += 1
         if self.step % self.every == 0 and _is_first_rank():
-            self._values = {}
-            for name, module in self._modules.items():
-                hook = self._hook(name)
-                self._hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+            self._sample = _Sample(model).__enter__()
 
-    def _end(self, *_: Any) -> None:
-        if torch.compiler.is_compiling() or self._values is None:
+    def _end(self, model: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling() or self._sample is None or self._sample.ended:
             return
-        values, self._values = self._values, None
-        for name, module in self._modules.items():
-            values |= {f"{name}/{key}": value for key, value in learned(module).items()}
+        self._sample.ended = True
+        values = flat_scalars(learned_scalars(model))
+        for name, measures in self._sample.summary().items():
+            layer = name.removesuffix("normalizer").rstrip(".") or "model"
+            values |= {
+                f"normalizers/{layer}/{measure}": value
+                for measure, value in measures.items()
+                if not measure.endswith("_count") and measures[f"{measure}_count"]
+            }
         self._send(values, self.step)
 
     def _unhook(self) -> None:
         """Only now, as gradient checkpointing repeats the pass and must take the same path."""
-        while self._hooks:
-            self._hooks.pop().remove()
-
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: Any, probabilities: Tensor) -> None:
-            if self._values is not None:  # not in the repetition
-                with torch.no_grad():
-                    measured = _measure(probabilities, *args, **kwargs)
-                self._values |= {f"{name}/{key}": value for key, value in measured.items()}
-
-        return hook
+        if self._sample is not None:
+            self._sample.__exit__(None, None, None)
+            self._sample = None
 
 
-def learned(module: Normalizer) -> dict[str, float]:
-    """The scalars that a normalizer learned, under the paper's names where it has them."""
-    if isinstance(module, MultiMax):
-        named = {"t_b": module.t_b, "t_d": module.t_d, "b": module.b, "d": module.d}
-        if module.affine:
-            named |= {"scale": module.scale, "shift": module.shift}
-    elif isinstance(module, SoftMax):
-        named = {"temperature": module.temperature}
-    elif isinstance(module, EntMax):
-        named = {"alpha": module.alpha}
-    else:
-        return {}
-    result = {}
-    for name, values in named.items():
-        numbers = torch.as_tensor(values).detach().flatten().tolist()
-        numbered = len(numbers) > 1 or name in ("t_b", "t_d", "b", "d")
-        result |= {f"{name}{n + 1}" if numbered else name: x for n, x in enumerate(numbers)}
-    return result
+class _Sample(NormalizerRecorder):
+    """Measures some rows of each layer, in one pass and not in its repetition by checkpointing."""
 
+    ended = False
 
-def _measure(
-    probabilities: Tensor,
-    scores: Tensor,
-    dim: int = -1,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> dict[str, float]:
-    leading = scores.movedim(dim, -1).shape[:-1]
-    count = math.prod(leading)
-    if count == 0 or scores.size(dim) == 0:
-        return {}
-    chosen = torch.arange(min(count, ROWS), device=scores.device) * count // min(count, ROWS)
-    index = torch.unravel_index(chosen, leading) if leading else ()
+    def record(self, name: str, seen: Normalization) -> None:
+        scores, dim = seen.scores, seen.dim
+        leading = scores.movedim(dim, -1).shape[:-1]
+        count = math.prod(leading)
+        if self.ended or count == 0 or scores.size(dim) == 0:
+            return
+        chosen = torch.arange(min(count, ROWS), device=scores.device) * count // min(count, ROWS)
+        index = torch.unravel_index(chosen, leading) if leading else ()
 
-    def rows(tensor: Tensor) -> Tensor:
-        return tensor.expand(scores.shape).movedim(dim, -1)[index]
+        def rows(tensor: Tensor) -> Tensor:
+            return tensor.expand(scores.shape).movedim(dim, -1)[index]
 
-    x = rows(scores) if bias is None else rows(scores) + rows(bias)
-    p, allowed = rows(probabilities), None if mask is None else rows(mask)
-    allowed = torch.isfinite(x) if allowed is None else allowed & torch.isfinite(x)
-    x = x.masked_fill(~allowed, 0.0)
-    threshold = row_mean(x, -1, allowed)
-    reference = softmax_reference(x, -1, allowed)
-    values = {
-        "entropy": entropy(p).masked_fill(~allowed.any(-1), math.nan),
-        "sparsity": sparsity(p, x, threshold, reference, -1, allowed),
-        "multi_modality": multi_modality(p, x, threshold, -1, allowed),
-    }
-    means = {name: mean_of_defined(value) for name, value in values.items()}
-    return {name: mean for name, (mean, defined) in means.items() if defined}
+        shown = ~(rows(scores) <= MASK_FLOOR)  # masks may come inside the scores
+        mask = shown if seen.mask is None else shown & rows(seen.mask)
+        bias = None if seen.bias is None else rows(seen.bias)
+        super().record(name, Normalization(rows(seen.probabilities), rows(scores), -1, mask, bias))
 
 
 def _is_first_rank() -> bool:

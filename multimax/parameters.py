@@ -1,5 +1,6 @@
 """The learned scalars of normalizers among the parameters of a model."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,52 @@ def normalizer_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The scalars of all normalizers below `model`, also those that layers share once."""
     modules = (module for module in model.modules() if isinstance(module, Normalizer))
     return list(dict.fromkeys(parameter for module in modules for parameter in module.parameters()))
+
+
+def learned_scalars(model: nn.Module) -> dict[str, list[float]]:
+    """The trained values of every normalizer, by parameter name; of shared ones the first name."""
+    ids = {id(parameter) for parameter in normalizer_parameters(model)}
+    return {
+        name: parameter.detach().float().flatten().tolist()
+        for name, parameter in model.named_parameters()
+        if id(parameter) in ids
+    }
+
+
+def named_scalars(learned: Mapping[str, list[float]]) -> dict[str, dict[str, list[float]]]:
+    """Learned scalars by layer, as the papers name them.
+
+    Args:
+        learned: of `learned_scalars`.
+
+    Returns:
+        Of MultiMax t_b, t_d, b and d, each with a value for every order; of SoftMax temperature; of
+        entmax alpha, with a value for every head that has its own; other scalars as they are.
+    """
+    named: dict[str, dict[str, list[float]]] = {}
+    for parameter, values in learned.items():
+        path, _, name = parameter.rpartition(".")
+        layer = named.setdefault(path.removesuffix("normalizer").rstrip("."), {})
+        v = torch.tensor(values, dtype=torch.float64)
+        as_named = {
+            "ts": lambda v: {"t_b": 1 - v[0::2], "t_d": 1 + v[1::2]},
+            "ranges": lambda v: {"b": v[0::2], "d": v[1::2]},
+            "log_temperature": lambda v: {"temperature": v.exp()},
+            "alpha_logit": lambda v: {"alpha": 1 + v.sigmoid()},
+        }.get(name, lambda v, name=name: {name: v})
+        layer |= {key: found.tolist() for key, found in as_named(v).items()}
+    return named
+
+
+def flat_scalars(learned: Mapping[str, list[float]]) -> dict[str, float]:
+    """`named_scalars` under one level of names, such as "learned/blocks.0.attn/t_b_1"."""
+    flat = {}
+    for layer, scalars in named_scalars(learned).items():
+        for name, values in scalars.items():
+            for number, value in enumerate(values, 1):
+                end = f"_{number}" if len(values) > 1 else ""
+                flat[f"learned/{layer or 'model'}/{name}{end}"] = value
+    return flat
 
 
 def parameter_groups(
@@ -30,8 +77,8 @@ def parameter_groups(
     Returns:
         Up to three groups "decayed", "not_decayed" and "scalars", under these names as "name". The
         scalars are a group of their own so that their gradients can be clipped apart from others,
-        whose norm theirs can exceed by far. Parameters that need no gradient
-        are left out.
+        whose norm theirs can exceed by far (`clip_gradients`). Parameters that need no gradient are
+        left out.
     """
     own = normalizer_parameters(model)
     ids = {id(parameter) for parameter in own}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from multimax import EntMax, MultiMax, SoftMax, clip_gradients, monitor
+from multimax import EntMax, MultiMax, SoftMax, monitor
 from multimax.attention import attention
 
 
@@ -61,8 +61,8 @@ def test_values_are_those_of_the_definitions():
     modal = [1 - (a.max() - a[k]).mean() for (a, *_), k in zip(rows, kept, strict=True) if k.any()]
     for name, values in [("entropy", entropies), ("sparsity", sparse), ("multi_modality", modal)]:
         expected = torch.stack(values).mean().item()
-        assert sent[f"normalizer/{name}"] == pytest.approx(expected, rel=1e-5)
-    assert sent["normalizer/temperature"] == 2.0
+        assert sent[f"normalizers/model/{name}"] == pytest.approx(expected, rel=1e-5)
+    assert "learned/model/temperature" not in sent  # it is fixed
 
 
 def test_learned_scalars():
@@ -74,12 +74,27 @@ def test_learned_scalars():
     model = Model(module)
     with monitor(model, every=1, log=lambda values, _: sent.update(values)):
         model(inputs())
-    expected = {"t_b1": 0.75, "t_d1": 1.5, "t_b2": 0.25, "t_d2": 2.0, "scale": 1.0, "shift": 0.0}
-    assert {name: sent[f"normalizer/{name}"] for name in expected} == expected
+    expected = {"t_b_1": 0.75, "t_d_1": 1.5, "t_b_2": 0.25, "t_d_2": 2.0}
+    expected |= {"scale": 1.0, "shift": 0.0}
+    assert {name: sent[f"learned/model/{name}"] for name in expected} == expected
     model = Model(EntMax(learned=True))
     with monitor(model, every=1, log=lambda values, _: sent.update(values)):
         model(inputs())
-    assert sent["normalizer/alpha"] == pytest.approx(model.normalizer.alpha.item())
+    assert sent["learned/model/alpha"] == pytest.approx(model.normalizer.alpha.item())
+
+
+def test_masks_in_the_scores_are_no_scores():
+    scores = torch.randn(3, 6)
+    hidden = torch.arange(6) > 3
+    found = []
+    for masked in (scores[:, :4], scores.masked_fill(hidden, -1e9)):
+        model = nn.Sequential(MultiMax(init="identity"))
+        with monitor(model, every=1, log=lambda values, _: found.append(values)):
+            model(masked)
+    short, filled = found
+    for name in ("entropy", "sparsity", "multi_modality"):
+        key = f"normalizers/0/{name}"
+        assert filled[key] == pytest.approx(short[key], rel=1e-5)
 
 
 def test_gradient_checkpointing_takes_one_path():
@@ -106,7 +121,7 @@ def test_loggers():
         model = Model()
         with monitor(model, every=1, log=log):
             model(inputs())
-        assert ("normalizer/sparsity", 1) in log
+        assert ("normalizers/model/sparsity", 1) in log
     for every, log in ((0, print), (1, None)):
         with pytest.raises(ValueError, match="must be"):
             monitor(Model(), every, log)
@@ -121,15 +136,3 @@ def test_an_error_of_the_logger_is_raised():
     model = Model()
     with monitor(model, every=1, log=log), pytest.raises(OSError, match="full"):
         model(inputs())
-
-
-def test_clip_gradients_clips_apart():
-    model = Model()
-    model.linear.weight.grad = torch.full((8, 8), 2.0)  # of norm 16
-    model.normalizer.ts.grad = torch.full((4,), 0.25)  # of norm 0.5
-    norms = clip_gradients(model, 1.0)
-    assert [norm.item() for norm in norms] == [16.0, 0.5]
-    assert model.linear.weight.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
-    assert model.normalizer.ts.grad.equal(torch.full((4,), 0.25))
-    with pytest.raises(ValueError, match="max_norm"):
-        clip_gradients(model, 0.0)

@@ -1,4 +1,4 @@
-"""python -m experiments.drop_in [LIBRARY ...]: the table of families, in results/tables/drop_in.*
+"""python -m experiments.drop_in [PACKAGE ...]: the table of families, in results/tables/drop_in.*
 
 For each model: how many attention layers get another normalizer; the largest difference of an
 output to the original's at the identity start, as a share of the largest output, in evaluation and
@@ -21,22 +21,22 @@ from multimax.files import write_atomically
 from multimax.parameters import normalizer_parameters
 from multimax.replacement import routes
 
-COLUMNS = ["library", "model", "layers", "evaluation", "training", "step", "reload", "remark"]
+COLUMNS = ["package", "model", "layers", "evaluation", "training", "step", "reload", "remark"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write the table of all libraries, or of those that are named."""
+    """Write the table of all packages, or of those that are named."""
     parser = argparse.ArgumentParser(prog="python -m experiments.drop_in", description=__doc__)
-    known = sorted({family.library for family in families()})
-    parser.add_argument("library", nargs="*", help=f"of {', '.join(known)}")
+    known = sorted({family.package for family in families()})
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=f"of {', '.join(known)}")
     parser.add_argument("--folder", type=Path, default=Path("results/tables"))
     parsed = parser.parse_args(arguments)
-    unknown = set(parsed.library) - set(known)
+    unknown = set(parsed.packages) - set(known)
     if unknown:
-        parser.error(f"no library {', '.join(unknown)}: there are {', '.join(known)}")
+        parser.error(f"no package {', '.join(unknown)}: there are {', '.join(known)}")
     rows = []
     for family in families():
-        if not parsed.library or family.library in parsed.library:
+        if not parsed.packages or family.package in parsed.packages:
             rows.append(row(family))
             print(*rows[-1].values(), sep=" | ", flush=True)
     parsed.folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def row(family: Family) -> dict[str, str]:
     """What replacing SoftMax does in one model."""
-    result = dict.fromkeys(COLUMNS, "") | {"library": family.library, "model": family.name}
+    result = dict.fromkeys(COLUMNS, "") | {"package": family.package, "model": family.name}
     model, args, kwargs = family.build()
     try:
         report = replace_softmax(model, bias_place=family.bias_place)

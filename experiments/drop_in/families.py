@@ -18,13 +18,13 @@ class Family:
     """Models of one architecture.
 
     Args:
-        library: where it is from.
+        package: where it is from.
         name: of the model.
         build: the model in evaluation mode, and the arguments of a call.
         bias_place: of the replacement.
     """
 
-    library: str
+    package: str
     name: str
     build: Callable[[], Built]
     bias_place: str = "after"
@@ -97,7 +97,7 @@ TORCHVISION = ("vit_b_16", "swin_t", "swin_v2_t", "maxvit_t")
 
 
 def families() -> list[Family]:
-    """All of them, by library."""
+    """All of them, by package."""
     found = [Family("timm", name, _timm(name), _place(name)) for name in TIMM]
     found += [Family("torchvision", name, _torchvision(name), _place(name)) for name in TORCHVISION]
     models = {**MODELS, **INTERCEPTED, **REFUSED}

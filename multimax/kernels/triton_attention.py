@@ -15,8 +15,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from multimax.functional import check_bias, check_mask
+from multimax.kernels.triton_attention_bias import attention_backward_bias
 from multimax.kernels.triton_attention_kernels import (
-    attention_backward_bias,
     attention_backward_key_value,
     attention_backward_query,
     attention_forward,

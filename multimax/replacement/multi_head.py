@@ -89,6 +89,12 @@ def multi_head_attention(
     return out.squeeze(1), None if probabilities is None else probabilities.squeeze(0)
 
 
+def unit_values(key: Tensor, value: Tensor) -> Tensor:
+    """(batch, heads, keys, keys): values of which attention makes its probabilities."""
+    unit = torch.eye(key.size(-2), dtype=value.dtype, device=value.device)
+    return unit.expand(*key.shape[:2], -1, -1)
+
+
 def _masks(
     attn_mask: Tensor | None, padding: Tensor | None, heads: int, given: int, keys: int
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -1,7 +1,7 @@
 """Where a model has attention, and how a normalizer gets there.
 
-A route is a module of this package with `find` and `restore`; the first route that finds a module
-takes it.
+Modules of transformers that ask its interface for their attention go by `transformers_route`, all
+others by `interception`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -63,9 +63,7 @@ def find(model: nn.Module, also: Collection[type[nn.Module]], bias_place: str) -
         bias_place: that is asked for.
     """
     found: list[Found] = []
-    for name, module in _outermost(model, lambda module: _describe(module, also) is not None):
-        kind = _describe(module, also)
-        assert kind is not None
+    for name, module, kind in _outermost(model, lambda module: _describe(module, also)):
         obstacle = kind.refused or _bias_obstacle(kind, bias_place)
         if obstacle is None and transformers_route.asks_interface(type(module)):
             obstacle = transformers_route.obstacle(module)
@@ -142,22 +140,23 @@ def is_replaced(module: nn.Module) -> bool:
 
 
 def _outermost(
-    model: nn.Module, chosen: Callable[[nn.Module], bool], prefix: str = ""
-) -> Iterator[tuple[str, nn.Module]]:
-    """The chosen modules that are in no other chosen one, each once, by their names."""
+    model: nn.Module, describe: Callable[[nn.Module], AttentionClass | None]
+) -> Iterator[tuple[str, nn.Module, AttentionClass]]:
+    """The modules that are described and in no other such one, each once, with their names."""
     seen: set[nn.Module] = set()
 
-    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, AttentionClass]]:
         if module in seen:
             return
         seen.add(module)
-        if chosen(module):
-            yield name, module
+        kind = describe(module)
+        if kind is not None:
+            yield name, module, kind
             return
         for child_name, child in module.named_children():
             yield from walk(child, f"{name}.{child_name}" if name else child_name)
 
-    return walk(model, prefix)
+    return walk(model, "")
 
 
 def _describe(module: nn.Module, also: Collection[type[nn.Module]]) -> AttentionClass | None:

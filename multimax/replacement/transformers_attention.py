@@ -11,6 +11,7 @@ from multimax.attention import attention
 from multimax.functional import eager_attention, repeat_heads
 from multimax.normalizers import Normalizer, SoftMax
 from multimax.replacement.additive import split_additive
+from multimax.replacement.multi_head import unit_values
 
 # Arguments of attention functions that change what is normalized, and what each is.
 REFUSED = {
@@ -110,8 +111,7 @@ def attend(
 
     if not (options.get("output_attentions") or _recorded()):
         return with_value(value).transpose(1, 2).contiguous(), None
-    unit = torch.eye(key.size(2), dtype=value.dtype, device=value.device)
-    probabilities = with_value(unit.expand(*key.shape[:2], -1, -1))
+    probabilities = with_value(unit_values(key, value))
     value = value.repeat_interleave(query.size(1) // value.size(1), dim=1)
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
 

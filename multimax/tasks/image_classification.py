@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from multimax.data.images import IMAGE_DATA
 from multimax.data.images.base import ImageData
 from multimax.losses import output_loss
-from multimax.metrics import NormalizerRecorder
 from multimax.models.registry import IMAGE_CLASSIFIERS
 from multimax.normalizers import Normalizer
 from multimax.options import NotNegative, Probability, Rate, Section
+from multimax.recording import NormalizerRecorder
 from multimax.tasks.base import (
     DataSets,
     Sections,

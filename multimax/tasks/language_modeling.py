@@ -13,13 +13,13 @@ from multimax.data.text import TEXT_DATA
 from multimax.data.text.blocks import TextBatch, TextData
 from multimax.data.text.source import TextSource
 from multimax.data.vocabulary import Vocabulary
-from multimax.metrics import NormalizerRecorder
 from multimax.models.adaptive import AdaptiveOutput
 from multimax.models.output import Output
 from multimax.models.registry import LANGUAGE_MODELS
 from multimax.models.transformer import LanguageModel
 from multimax.normalizers import Normalizer
 from multimax.options import Rate, Section
+from multimax.recording import NormalizerRecorder
 from multimax.tasks.base import (
     DataSets,
     Sections,

@@ -14,11 +14,11 @@ from multimax.data.pairs.batches import PairBatch, TokenTrainLoader
 from multimax.data.pairs.sources import Languages, PairData, PairSource
 from multimax.data.vocabulary import PairVocabulary
 from multimax.decoding import beam_search
-from multimax.metrics import NormalizerRecorder
 from multimax.models.output import Output
 from multimax.models.registry import TRANSLATION_MODELS
 from multimax.models.transformer import TranslationModel
 from multimax.options import Section
+from multimax.recording import NormalizerRecorder
 from multimax.tasks.base import (
     DataSets,
     Sections,

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from multimax.training.optimization import normalizer_parameters
+from multimax.parameters import flat_scalars, named_scalars
 
 SCHEMA = 2
 PACKAGES = ("multimax", "torch", "torchvision", "timm", "accelerate", "hydra-core", "numpy")
@@ -80,41 +79,6 @@ def _git(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def learned_scalars(model: nn.Module) -> dict[str, list[float]]:
-    """The trained values of every normalizer, by parameter name; of shared ones the first name."""
-    ids = {id(parameter) for parameter in normalizer_parameters(model)}
-    return {
-        name: parameter.detach().float().flatten().tolist()
-        for name, parameter in model.named_parameters()
-        if id(parameter) in ids
-    }
-
-
-def named_scalars(learned: Mapping[str, list[float]]) -> dict[str, dict[str, list[float]]]:
-    """Learned scalars by layer, as the papers name them.
-
-    Args:
-        learned: of `learned_scalars`.
-
-    Returns:
-        Of MultiMax t_b, t_d, b and d, each with a value for every order; of SoftMax temperature; of
-        entmax alpha, with a value for every head that has its own; other scalars as they are.
-    """
-    named: dict[str, dict[str, list[float]]] = {}
-    for parameter, values in learned.items():
-        path, _, name = parameter.rpartition(".")
-        layer = named.setdefault(path.removesuffix("normalizer").rstrip("."), {})
-        v = torch.tensor(values, dtype=torch.float64)
-        as_named = {
-            "ts": lambda v: {"t_b": 1 - v[0::2], "t_d": 1 + v[1::2]},
-            "ranges": lambda v: {"b": v[0::2], "d": v[1::2]},
-            "log_temperature": lambda v: {"temperature": v.exp()},
-            "alpha_logit": lambda v: {"alpha": 1 + v.sigmoid()},
-        }.get(name, lambda v, name=name: {name: v})
-        layer |= {key: found.tolist() for key, found in as_named(v).items()}
-    return named
-
-
 def attention_means(normalizers: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
     """The measures of all attention layers in one, such as "attention/multi_modality".
 
@@ -144,11 +108,7 @@ def flat_summary(result: Mapping[str, Any]) -> dict[str, float]:
         for split, row in result["metrics"].items()
         for name, value in row.items()
     } | attention_means(result["normalizers"])
-    for layer, scalars in named_scalars(result["learned_scalars"]).items():
-        for name, values in scalars.items():
-            for number, value in enumerate(values, 1):
-                end = f"_{number}" if len(values) > 1 else ""
-                flat[f"learned/{layer or 'model'}/{name}{end}"] = value
+    flat |= flat_scalars(result["learned_scalars"])
     for name, row in result["normalizers"].items():
         measures = {key: row.get(key) for key in COLUMNS}
         layer = name.removesuffix(".normalizer")

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from multimax.files import digest_file, locked, write_json
+from multimax.parameters import learned_scalars
 from multimax.tasks import build_task, data_fingerprint
 from multimax.tasks.base import Task
 from multimax.training.checkpoints import Inputs, check_inputs, load_initial_weights
@@ -30,7 +31,6 @@ from multimax.training.result import (
     SCHEMA,
     environment,
     flat_summary,
-    learned_scalars,
     now,
     print_result,
     print_rows,

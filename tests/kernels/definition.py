@@ -1,23 +1,13 @@
 """What the C kernels compute next to what the eager definition does."""
 
 import copy
-import warnings
 
-import pytest
 import torch
 
 from multimax import EntMax15, MultiMax, SoftMax, SparseMax
 from multimax.attention import attention
-from multimax.kernels import c_library, c_rows
+from multimax.kernels import c_rows
 from multimax.kernels.backend import use_backend
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    UNAVAILABLE = c_library.unavailable(torch.float32) or c_library.unavailable(torch.float64)
-needs_kernels = pytest.mark.skipif(
-    UNAVAILABLE is not None,
-    reason=f"tests the C kernels, which this machine cannot have: {UNAVAILABLE}",
-)
 
 MODULATED = {
     "softmax": SoftMax,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from definition import needs_kernels
+from kernels_here import needs_kernels
 
 from multimax import (
     MultiMax,

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from definition import attended, build, needs_kernels, normalized, qkv
+from definition import attended, build, normalized, qkv
+from kernels_here import needs_kernels
 from torch.nn.modules import module as torch_module
 
 import multimax

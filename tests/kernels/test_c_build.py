@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from compiled import load
-from definition import needs_kernels
+from kernels_here import needs_kernels
 
 from multimax.kernels import c_build, c_library
 

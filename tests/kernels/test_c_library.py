@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from definition import needs_kernels
+from kernels_here import needs_kernels
 
 from multimax.kernels import c_build, c_library
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from compiled import load
-from definition import needs_kernels
+from kernels_here import needs_kernels
 
 from multimax.kernels import c_build
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from compiled import load
-from definition import needs_kernels
+from kernels_here import needs_kernels
 
 from multimax.__main__ import main
 from multimax.files import digest

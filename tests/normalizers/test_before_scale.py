@@ -4,17 +4,14 @@ import math
 
 import pytest
 import torch
+from kernels_here import needs_kernels
 
 from multimax import MultiMax, modulator_health
 from multimax.attention import attention
-from multimax.kernels import c_rows
 from multimax.normalizers import build_for_attention
 
 HEAD_DIM = 6
 SCALE = HEAD_DIM**-0.5
-needs_kernels = pytest.mark.skipif(
-    c_rows.obstacle(torch.zeros(2)) is not None, reason="the C kernels cannot be built here"
-)
 
 
 def build(order=2, affine=False, score_scale=SCALE):

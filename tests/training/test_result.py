@@ -7,7 +7,7 @@ from rich.console import Console
 from tiny import only, tiny_config
 
 from multimax import EntMax, MultiMax, SoftMax
-from multimax.training.result import learned_scalars, named_scalars
+from multimax.parameters import learned_scalars, named_scalars
 from multimax.training.run import run
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from multimax import MultiMax
 from multimax.files import load_checkpoint
-from multimax.metrics import NormalizerRecorder
 from multimax.options import validate
+from multimax.recording import NormalizerRecorder
 from multimax.tasks.base import Task
 from multimax.training.config import ScheduleSection, read_config
 from multimax.training.run import run
