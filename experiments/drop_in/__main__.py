@@ -20,6 +20,7 @@ from multimax import replace_softmax, verify_replacement
 from multimax.files import write_atomically
 from multimax.parameters import normalizer_parameters
 from multimax.replacement import routes
+from multimax.replacement.verify import without_dropout
 
 COLUMNS = ["package", "model", "layers", "evaluation", "training", "step", "reload", "remark"]
 
@@ -73,13 +74,10 @@ def row(family: Family) -> dict[str, str]:
 
 def _steps(model: Any, args: Any, kwargs: Any) -> bool:
     """Whether a step of Adam in training mode moves scalars of every normalizer."""
-    model.train()
-    for module in model.modules():
-        if hasattr(module, "drop_prob"):
-            module.drop_prob = 0.0  # a layer that is skipped at random learns nothing
     before = [scalar.detach().clone() for scalar in normalizer_parameters(model)]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    outputs = tree_leaves(model(*args, **kwargs))
+    with without_dropout(model, training=True):  # a layer that is skipped learns nothing
+        outputs = tree_leaves(model(*args, **kwargs))
     loss = sum(t.float().square().mean() for t in outputs if isinstance(t, torch.Tensor))
     assert isinstance(loss, torch.Tensor)
     loss.backward()

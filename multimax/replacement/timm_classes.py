@@ -27,7 +27,6 @@ ATTENTION = {
         "convit.MHSA",
         "cpubone.ConvAttention",
         "crossvit.CrossAttention",
-        "csatv2.SpatialTransformerBlock",
         "davit.ChannelAttention",
         "davit.ChannelAttentionV2",
         "davit.WindowAttention",
@@ -103,6 +102,7 @@ NOT_ATTENTION = {
     },
     MODELS: {
         "coat.FactorAttnConvRelPosEnc": POSITIONS,
+        "csatv2.SpatialTransformerBlock": "it compares the images of a batch with each other",
         "efficientvim.EfficientViM": STAGES,
         "efficientvim.EfficientViMDistilled": STAGES,
         "efficientvim.HSMSSD": POSITIONS,

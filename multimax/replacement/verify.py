@@ -77,11 +77,11 @@ def verify_replacement(model: nn.Module, *args: Any, **kwargs: Any) -> Verificat
 
     layers = {name for name, module in model.named_modules() if hasattr(module, "bias_place")}
     attending = {n: m for n, m in normalizers.items() if n.rpartition(".")[0] in layers}
-    with _mode(model, training=False), _calls(attending) as called:
+    with without_dropout(model, training=False), _calls(attending) as called:
         with torch.no_grad():
             evaluation = _difference(model, outputs)
         gradients = _gradients(outputs(), normalizers)
-    with _mode(model, training=True), torch.no_grad():
+    with without_dropout(model, training=True), torch.no_grad():
         random = _largest(outputs(), outputs()) > 0
         training = None if random else _difference(model, outputs)
     return Verification(evaluation, training, len(called), len(attending), gradients)
@@ -121,7 +121,7 @@ def _gradients(outputs: list[Tensor], normalizers: dict[str, Normalizer]) -> dic
 
 
 @contextmanager
-def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+def without_dropout(model: nn.Module, training: bool) -> Iterator[None]:
     """The model in a mode, without dropout."""
     modes = {module: module.training for module in model.modules()}
     rates = [
@@ -143,8 +143,11 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _is_rate(module: nn.Module, name: str) -> bool:
-    """Whether an attribute is a dropout rate, such as `p` of nn.Dropout or `drop_prob`."""
-    return "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
+    """Whether an attribute is a rate of dropout or of layers that are skipped."""
+    dropping = isinstance(module, nn.modules.dropout._DropoutNd)
+    return "drop" in name or (
+        name == "p" and (dropping or type(module).__name__ == "StochasticDepth")
+    )
 
 
 @contextmanager
