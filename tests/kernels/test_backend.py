@@ -11,10 +11,10 @@ from definition import (
     assert_equal,
     attended,
     build,
-    needs_kernels,
     normalized,
     qkv,
 )
+from kernels_here import needs_kernels
 from torch.func import vmap
 
 from multimax import (

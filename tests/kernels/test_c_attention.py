@@ -12,10 +12,10 @@ from definition import (
     attended,
     build,
     for_threads,
-    needs_kernels,
     qkv,
     random,
 )
+from kernels_here import needs_kernels
 
 from multimax.attention import attention
 

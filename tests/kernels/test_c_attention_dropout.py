@@ -10,10 +10,10 @@ from definition import (
     assert_same_bits,
     attended,
     build,
-    needs_kernels,
     qkv,
     random,
 )
+from kernels_here import needs_kernels
 from torch.autograd import grad
 
 from multimax import SoftMax

@@ -12,12 +12,12 @@ from definition import (
     assert_same_bits,
     build,
     for_threads,
-    needs_kernels,
     normalized,
     random,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels_here import needs_kernels
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call
 
