@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ SCALES = sorted(path.stem for path in (CONFIGS / "scale").glob("*.yaml"))
 STUDIES = sorted(path.stem for path in (CONFIGS / "study").glob("*.yaml"))
 
 
+@cache  # the rows of a table, its claims and its figures ask for the same again
 def config_of(*overrides: str) -> Config:
-    """The configuration that a command line of `train.py` composes.
+    """The configuration that a command line of `train.py` composes; not to be changed.
 
     Raises:
         ValueError: the settings do not compose.
