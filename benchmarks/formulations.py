@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-def official_modulation(x: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
-    """Scores of any shape with the second-order modulation of (4,) `ts` and `ranges`."""
+def official_modulation(x: Tensor, ts: Any, ranges: Any) -> Tensor:
+    """Scores of any shape with the second-order modulation of 4 `ts` and 4 `ranges`."""
     first = ts[0] * torch.relu(ranges[0] - x) + ts[1] * torch.relu(x - ranges[1])
     second = ts[2] * torch.relu(ranges[2] - x) ** 2 + ts[3] * torch.relu(x - ranges[3]) ** 2
     return x + first + second
@@ -30,8 +30,8 @@ def official_attention(
     scores = (query * query.size(-1) ** -0.5) @ key.transpose(-2, -1)
     scores = official_modulation(scores, ts, ranges)
     if causal:
-        later = torch.ones(scores.size(-2), scores.size(-1), dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(later, float("-inf"))
+        later = torch.ones(scores.size(-2), scores.size(-1), dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(later.triu(1), float("-inf"))
     return torch.softmax(scores, -1) @ value
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from multimax.functional import function_transforms_active
 
 BACKENDS = ("auto", "eager", "c", "triton")
+# torch.compile follows a ContextVar, and compiles again when it has changed: 2.14 does, 2.11 not.
+READS_CONTEXT_VARIABLES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
 # The open `use_backend` blocks of this thread or asyncio task, each with an identity of its own:
 # they may close in another order than the reverse of that in which they were opened.
@@ -62,8 +64,18 @@ def chosen_backend() -> str:
     """The backend of the `use_backend` block that was opened last; "auto" outside of all."""
     if _traced is not None:
         return _traced
+    if not READS_CONTEXT_VARIABLES and torch.compiler.is_dynamo_compiling():
+        return _backend_when_compiled()
+    return _opened_last()
+
+
+def _opened_last() -> str:
     blocks = _open.get()
     return blocks[-1][1] if blocks else "auto"
+
+
+# Compiled code keeps the choice for good, and does not notice another one.
+_backend_when_compiled = torch.compiler.assume_constant_result(_opened_last)
 
 
 def refuse(name: str, what: Any, reason: str) -> NoReturn:

@@ -67,7 +67,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         *inputs, mask, seed, out, statistics = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grads = differentiable_gradients(_definition(inputs, mask, ctx.options), inputs, grad)
+            grads = differentiable_gradients(
+                attention_definition(inputs, mask, ctx.options), inputs, grad
+            )
         else:
             learned, of_bias = ctx.needs_input_grad[3:5]
             *grads, d_bias = torch.ops.multimax.attention_backward(
@@ -77,7 +79,7 @@ class _Attention(torch.autograd.Function):
         return *grads, *[None] * 6
 
 
-def _definition(inputs, mask, options) -> Tensor:
+def attention_definition(inputs, mask, options) -> Tensor:
     """The attention in operations that can be differentiated again."""
     query, key, value, coefficients, bias = inputs
     causal, dropout, scale, bias_before = options

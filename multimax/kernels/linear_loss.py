@@ -17,9 +17,11 @@ from multimax.kernels.c_rows import order_of
 
 LEAST_ROWS = 128  # of a chunk: the gradient of the weight is read and written once per chunk
 LEAST_SCORES = 2**22  # of a chunk, 16 MiB in fp32
+LEAST_SCORES_ON_A_GPU = 2**27  # its caches hold no chunk: 256 MiB in half precision
 
-# (scores, target, row weights or None, whether gradients are wanted) -> losses (rows,) and, if they
-# are, gradients of the sum of weight * loss by the scores (may be in their place) and parameters.
+# (scores as the product has them, target, row weights or None, whether gradients are wanted) ->
+# losses (rows,) and, if they are, gradients of the sum of weight * loss by the scores (may be in
+# their place) and parameters.
 Step = Callable[..., tuple[Tensor, Tensor | None, Sequence[Tensor | None]]]
 
 
@@ -142,10 +144,11 @@ def _run(
                 torch.zeros_like(tensor, dtype=dtype) if needed else None
                 for tensor, needed in zip(tensors, ctx.needs_input_grad[3:], strict=True)
             ]
-        size = max(LEAST_ROWS, LEAST_SCORES // max(w.size(0), 1))
+        least = LEAST_SCORES_ON_A_GPU if x.is_cuda else LEAST_SCORES
+        size = max(LEAST_ROWS, least // max(w.size(0), 1))
         for start in range(0, x.size(0), size):
             part = slice(start, start + size)
-            scores = F.linear(x[part], w, b).to(dtype)
+            scores = F.linear(x[part], w, b)
             hidden = None if ctx.hidden is None else ctx.hidden.of_rows(part)
             if hidden is not None:
                 scores.masked_fill_(hidden, -torch.inf)
@@ -181,6 +184,11 @@ def _accumulate(
             total += grad
 
 
+def _wide(scores: Tensor) -> Tensor:
+    """In fp32 or wider."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
 def modulated_step(coefficients: Tensor, label_smoothing: float, ignore_index: int) -> Step:
     """Cross-entropy of modulated scores by the C kernels; its parameter is `coefficients`.
 
@@ -193,6 +201,7 @@ def modulated_step(coefficients: Tensor, label_smoothing: float, ignore_index: i
     c = coefficients.detach()
 
     def step(scores: Tensor, target: Tensor, weight: Tensor | None, gradient: bool) -> Any:
+        scores = _wide(scores)
         losses = scores.new_empty(scores.size(0))
         sums = torch.zeros(c.shape, dtype=torch.float64)
         of_scores = c.to(scores.dtype)
@@ -241,6 +250,7 @@ def reference_step(
     """
 
     def step(scores: Tensor, target: Tensor, weight: Tensor | None, gradient: bool) -> Any:
+        scores = _wide(scores)
         if not gradient:
             return row_losses(scores, target), None, []
         with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The Triton kernel of the gradient of a bias, see `multimax.kernels.triton_attention_kernels`.
+"""The Triton kernel of the gradient of a bias, see `multimax.kernels.triton_attention_backward`.
 
 A program adds up what one block of the bias is broadcast over, without atomic additions.
 """
@@ -10,7 +10,8 @@ A program adds up what one block of the bias is broadcast over, without atomic a
 import triton
 import triton.language as tl
 
-from multimax.kernels.triton_attention_kernels import add_bias, backward_tile
+from multimax.kernels.triton_attention_backward import backward_tile
+from multimax.kernels.triton_attention_forward import add_bias
 from multimax.kernels.triton_modulation import load_coefficients
 from multimax.kernels.triton_tiles import dropout_factor, load_tile, mask_of_tile, of_head
 

@@ -77,13 +77,17 @@ def beyond_ranges(x, c, n: tl.constexpr, order: tl.constexpr):
 
 @triton.jit
 def modulate(scores, c, order: tl.constexpr):
-    """sigma(x) and its derivative by x, at x = scale * scores + shift; -inf for what is hidden."""
+    """sigma(x) and its derivative by x, at x = scale * scores + shift, and the scores.
+
+    What is hidden has sigma -inf and the score 0, whose products with a gradient of 0 are 0.
+    """
     hidden = scores == float("-inf")
     if order >= 1:
         # inf would count as hidden under a negative scale.
         scores = tl.where(scores == float("inf"), float("nan"), scores)
         hidden |= c[0] * scores + c[1] <= FLOOR
-    x = c[0] * tl.where(hidden, 0.0, scores) + c[1]
+    scores = tl.where(hidden, 0.0, scores)
+    x = c[0] * scores + c[1]
     modulated = x
     slope = tl.full(scores.shape, 1.0, scores.dtype)
     if order >= 1:
@@ -94,7 +98,7 @@ def modulate(scores, c, order: tl.constexpr):
         below, above = beyond_ranges(x, c, 2, order)
         modulated += c[4] * (below * below) + c[5] * (above * above)
         slope += 2.0 * (c[5] * above - c[4] * below)
-    return tl.where(hidden, float("-inf"), modulated), slope
+    return tl.where(hidden, float("-inf"), modulated), slope, scores
 
 
 @triton.jit

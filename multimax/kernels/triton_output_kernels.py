@@ -85,7 +85,7 @@ def cross_entropy_row(
     for start in range(0, end, block):
         inside = start + tl.arange(0, block) < end
         x = tl.load(_places(scores, row, start, block), mask=inside, other=0.0).to(dtype)
-        z, _ = modulate(x, c, order)
+        z, _, _ = modulate(x, c, order)
         z = tl.where(inside, z, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(z, 0))
         # As long as all scores are -inf, so is the maximum, and -inf - -inf is NaN.
@@ -114,8 +114,7 @@ def cross_entropy_row(
             inside = start + tl.arange(0, block) < end
             places = _places(scores, row, start, block)
             x = tl.load(places, mask=inside, other=0.0).to(dtype)
-            z, slope = modulate(x, c, order)
-            x = tl.where(z == float("-inf"), 0.0, x)  # its product with 0 is 0
+            z, slope, x = modulate(x, c, order)
             y = _smoothed_target(target, row, label, start, classes, smoothing, block, dtype)
             gradient = factor * (mass * tl.exp(z - logsumexp) - y)
             if order >= 1:  # where the loss is infinite, a hidden class has one

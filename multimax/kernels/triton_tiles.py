@@ -97,6 +97,18 @@ def mask_of_tile(
 
 
 @triton.jit
+def whole_keys(first, queries, keys, block_keys: tl.constexpr, causal: tl.constexpr):
+    """Before which key all tiles of a block of queries are whole: nothing in them is masked.
+
+    A query that does not exist may attend: nothing of it is kept.
+    """
+    end = keys
+    if causal:
+        end = tl.maximum(0, tl.minimum(keys, first + keys - queries + 1))
+    return end // block_keys * block_keys
+
+
+@triton.jit
 def bias_of_tile(
     bias, batch, head, first_query, first_key, query, key, queries, keys, dtype: tl.constexpr
 ):

@@ -176,9 +176,10 @@ class MultiMax(ModulatedSoftMax):
         return self.order <= c_rows.MOST_ORDER
 
     def coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        scale, shift = self.ts.new_tensor([[1.0], [0.0]])
         if self.affine:
             scale, shift = self.scale, self.shift * self.score_scale
+        else:  # numbers from the host would make it wait for the GPU
+            scale, shift = self.ts.new_ones(1), self.ts.new_zeros(1)
         return torch.cat([scale, shift, *self._modulator()]).to(device, dtype)
 
     def modulate(self, scores: Tensor) -> Tensor:

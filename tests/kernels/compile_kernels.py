@@ -8,7 +8,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from multimax.kernels import triton_attention, triton_output
+from multimax.kernels import triton_arguments, triton_attention, triton_output
 
 # Capability, head dimension, dropout, shape of a bias, whether it is added before the modulation.
 CASES = [
@@ -55,6 +55,6 @@ def call_kernels(dim, dropout, shape, before):
 driver = Driver()
 triton.runtime.driver.set_active(driver)
 launch, triton.JITFunction.run = triton.JITFunction.run, compile_only
-triton_attention.check_device = triton_output.check_device = lambda *_: None
+triton_arguments.check_device = triton_output.check_device = lambda *_: None
 for driver.case, (_, *arguments) in enumerate(CASES):
     call_kernels(*arguments)

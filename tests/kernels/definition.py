@@ -64,7 +64,7 @@ def attended(tensors, module, mask=None, backend="c", upstream=None, bias=None, 
 def _gradients(output, inputs, upstream):
     if upstream is None:
         upstream = random(*output.shape, generator=torch.Generator().manual_seed(1))
-    return torch.autograd.grad(output, inputs, upstream.to(output.dtype))
+    return torch.autograd.grad(output, inputs, upstream.to(output))
 
 
 # Both sides round at 1e-16 and add up some thousand terms, in another order. The absolute part is

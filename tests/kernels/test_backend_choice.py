@@ -27,7 +27,7 @@ from multimax import (
     use_backend,
 )
 from multimax.attention import attention
-from multimax.kernels import c_library
+from multimax.kernels import backend, c_library
 from multimax.kernels.backend import chosen_backend
 
 
@@ -119,6 +119,17 @@ def test_a_compiled_function_chooses_for_itself():
     assert (after, inside, chosen_backend()) == ("auto", "eager", "auto")
     assert graphs
     assert not set().union(*graphs)
+
+
+@pytest.mark.slow
+def test_compiled_functions_keep_the_choice_where_torch_follows_no_context(monkeypatch):
+    monkeypatch.setattr(backend, "READS_CONTEXT_VARIABLES", False)
+    torch._dynamo.reset()
+    compiled = torch.compile(chosen_backend, fullgraph=True, backend="eager")
+    with use_backend("eager"):
+        assert compiled() == "eager"
+    assert compiled() == "eager"
+    assert chosen_backend() == "auto"
 
 
 SCORES = torch.linspace(-2, 2, 12).reshape(3, 4)

@@ -8,8 +8,10 @@ from multimax.kernels.backend import use_backend
 
 pytest.importorskip("triton")
 
+from multimax.kernels import triton_arguments
 from multimax.kernels import triton_attention as module
-from multimax.kernels.triton_attention import Blocks, triton_attention
+from multimax.kernels.triton_arguments import Blocks, expanded_mask
+from multimax.kernels.triton_attention import triton_attention
 
 # The interpreter warns of overflow where the compiled code computes what it then throws away.
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"), pytest.mark.slow]
@@ -115,7 +117,7 @@ def test_mask_shapes(shape, device):
     inputs = draw(17, 20, device=device)
     mask = torch.rand(*shape, 2, device=device)[..., 0] < 0.7
     compare(inputs, build("multimax-2"), mask)
-    broadcast = module._expanded(mask.expand(2, 2, 17, 20), inputs[0], 20)
+    broadcast = expanded_mask(mask.expand(2, 2, 17, 20), inputs[0], 20)
     assert broadcast.shape == (2, 2, 17, 20)
     assert broadcast.untyped_storage().nbytes() < 8 * 2 * 17 * 32 + 1  # of int64, for fp64
 
@@ -154,7 +156,8 @@ def test_a_row_without_keys_is_zero_and_has_zero_gradients(device):
     gradient = torch.autograd.grad(output.square().sum(), query)[0]
     for tensor in (output, gradient):
         assert (tensor[:, :, :8] == 0).all()  # the 8 queries before the first key
-        assert (tensor[:, :, 8:] != 0).any(-1).all()
+    assert (output[:, :, 8:] != 0).any(-1).all()
+    assert (gradient[:, :, 9:] != 0).any(-1).all()  # one key alone gets all, whatever the query
     mask = torch.zeros(12, dtype=torch.bool, device=device)
     output = triton_attention(query, key, value, c, mask)
     gradients = torch.autograd.grad(output.sum(), [query, key, value])
@@ -257,6 +260,40 @@ def test_constant_coefficients(device):
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))
 
 
+def test_compile_to_one_graph(device):
+    """The kernels are operations of the graph, with their gradients and with dropout's seed."""
+    inputs = [t.requires_grad_() for t in draw(17, 20, heads=1, device=device)]
+    normalizer = build("multimax-2").to(device)
+    bias = torch.randn(17, 20, dtype=torch.float64, device=device, requires_grad=True)
+    mask = padding(20, device)
+
+    def run(query, key, value, bias):
+        return attention(*(query, key, value), normalizer, mask, dropout=0.25, bias=bias)
+
+    results = []
+    with use_backend("triton"):
+        for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+            torch.manual_seed(2)
+            output = function(*inputs, bias)
+            leaves = [*inputs, bias, *normalizer.parameters()]
+            gradients = torch.autograd.grad(output.square().sum(), leaves)
+            results.append([output, *gradients])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_second_derivatives_are_those_of_the_definition(device):
+    inputs = [t.requires_grad_() for t in draw(17, 9, 4, heads=1, batch=1, device=device)]
+    normalizer = build("multimax-2").to(device)
+    leaves, results = [*inputs, *normalizer.parameters()], []
+    for backend in ("triton", "eager"):
+        output = attention(*inputs, normalizer, causal=True, backend=backend)
+        first = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+        loss = sum(gradient.square().sum() for gradient in first)
+        results.append(torch.autograd.grad(loss, leaves))
+    for actual, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, **EXACT)
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(0, 5), (5, 0)])
 def test_nothing_to_do(queries, keys, device):
     inputs = [t.requires_grad_() for t in draw(queries, keys, device=device)]
@@ -290,7 +327,7 @@ ERRORS = {
     "coefficients must be a vector": {"coefficients": torch.zeros(4)},
     "coefficients must be floating-point": {"coefficients": torch.zeros(2, dtype=torch.int64)},
     "mask must be boolean": {"mask": torch.zeros(3, 4)},
-    "mask must broadcast": {"mask": torch.ones(4, 3, dtype=torch.bool)},
+    "must broadcast to the scores": {"mask": torch.ones(4, 3, dtype=torch.bool)},
     "mask must be on the device": {"mask": torch.ones(3, 4, dtype=torch.bool, device="meta")},
     "dropout must be in": {"dropout": 1.0},
 }
@@ -298,6 +335,6 @@ ERRORS = {
 
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors_say_what_is_wrong(message, monkeypatch):
-    monkeypatch.setattr(module, "check_device", lambda *_: None)
+    monkeypatch.setattr(triton_arguments, "check_device", lambda *_: None)
     with pytest.raises(ValueError, match=message):
         triton_attention(**wrong(**ERRORS[message]))

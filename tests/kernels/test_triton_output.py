@@ -127,7 +127,7 @@ def test_large_scores_and_classes_that_are_excluded(device):
 
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_classes_that_a_score_forbids(name, device):
-    normalizer = build(name).to(device)
+    normalizer = build(name)
     scores, target = draw(20, device=device)
     scores[:, 3] = -torch.inf
     scores[1, 5:9] = -1e5

@@ -1,0 +1,293 @@
+"""The Triton kernels of the gradients of `multimax.kernels.triton_attention`.
+
+FlashAttention-2 (Dao, 2023) without atomic additions: both recompute P from the logsumexp of each
+row, a tile at a time. One goes along the keys for a block of queries (gradients of the query and of
+the scalars), the other along the queries for a block of keys, over all query heads that share a key
+head. The gradient of a bias has a kernel of its own in `multimax.kernels.triton_attention_bias`.
+"""
+
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# Triton compiles these functions from their source; their arguments have no type a checker knows.
+
+import triton
+import triton.language as tl
+
+from multimax.kernels.triton_attention_forward import add_bias
+from multimax.kernels.triton_modulation import (
+    add_to_sums,
+    centred,
+    fold,
+    load_coefficients,
+    modulate,
+    store_coefficient_gradient,
+    zero_sums,
+)
+from multimax.kernels.triton_tiles import (
+    dropout_factor,
+    load_tile,
+    mask_of_tile,
+    of_head,
+    place_of_program,
+    store_tile,
+    whole_keys,
+)
+
+
+@triton.jit
+def backward_tile(
+    scores, added, tile_mask, logsumexp, delta, gradient, factor, c, order: tl.constexpr
+):
+    """Of a tile: P, the gradient by the modulated scores, d sigma / d x, the scores.
+
+    `gradient` is output_gradient value^T, `added` the bias after the modulation, and `tile_mask`
+    None where all may attend. A score that is not allowed may overflow when it is modulated: it is
+    replaced before, and what comes of it after.
+    """
+    if tile_mask is not None:
+        scores = tl.where(tile_mask, scores, 0.0)
+    modulated, slope, scores = modulate(scores, c, order)
+    probabilities = tl.exp(modulated + added - logsumexp)
+    if tile_mask is not None:
+        probabilities = tl.where(tile_mask, probabilities, 0.0)
+    gradient = probabilities * (gradient * factor - delta)
+    if tile_mask is not None:
+        gradient = tl.where(tile_mask, gradient, 0.0)
+    return probabilities, gradient, slope, scores
+
+
+@triton.jit
+def backward_query_tile(
+    state, q, do, key, value, mask, bias, c, score_scale, lse, d, row, batch, head, first, start,
+    i, j, queries, keys, seed, dropout, order: tl.constexpr, causal: tl.constexpr,
+    mask_by_query: tl.constexpr, bias_before: tl.constexpr, dim: tl.constexpr,
+    width: tl.constexpr, block_keys: tl.constexpr, precision: tl.constexpr,
+    dtype: tl.constexpr, learned: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the queries and the sums for the scalars, after another tile of keys."""
+    dq, sums, means, residual = state
+    k = load_tile(key, start, keys, block_keys, dim, width)
+    v = load_tile(value, start, keys, block_keys, dim, width)
+    scores = tl.dot(q, tl.trans(k), input_precision=precision)
+    gradient = tl.dot(do, tl.trans(v), input_precision=precision)
+    tile_mask, added = None, 0.0
+    if masked:
+        tile_mask = mask_of_tile(
+            mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
+        )
+        scores, added, tile_mask = add_bias(
+            scores, tile_mask, bias, score_scale, batch, head, first, start, i, j, queries, keys,
+            bias_before, dtype,
+        )  # fmt: skip
+    factor = 1.0
+    if dropout is not None:
+        factor = dropout_factor(seed, dropout, row, first + i, start + j, queries, keys, dtype)
+    probabilities, gradient, slope, scores = backward_tile(
+        scores, added, tile_mask, lse[:, None], d[:, None], gradient, factor, c, order
+    )
+    if learned:
+        sums = add_to_sums(sums, gradient, scores, slope, c, order)
+        means = add_to_sums(means, probabilities, scores, slope, c, order)
+        residual += fold(gradient)
+    dq += tl.dot((gradient * slope).to(k.dtype), k, input_precision=precision)
+    return dq, sums, means, residual
+
+
+@triton.jit(do_not_specialize=["seed"])
+def attention_backward_query(
+    query,
+    key,
+    value,
+    mask,
+    bias,
+    coefficients,
+    output,
+    logsumexp,
+    output_gradient,
+    delta,
+    query_gradient,
+    coefficient_gradient,
+    heads,
+    group,
+    queries,
+    keys,
+    seed,
+    dropout,
+    order: tl.constexpr,
+    causal: tl.constexpr,
+    mask_by_query: tl.constexpr,
+    bias_before: tl.constexpr,
+    dim: tl.constexpr,
+    width: tl.constexpr,
+    block_queries: tl.constexpr,
+    block_keys: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """One block of queries: its gradient, its share of the scalars' (unless None), and its delta.
+
+    delta = rowsum(output_gradient * output) is what the backward pass of SoftMax subtracts. The
+    kernel for the keys, launched after this one, reads it. As the output is rounded, the gradients
+    of a row of scores do not quite add up to 0. The sums for the scalars would multiply this rest
+    by what their terms have in common, and in half precision drown in it, but for `centred`.
+    """
+    dtype: tl.constexpr = coefficients.dtype.element_ty
+    row, batch, head, first = place_of_program(heads, queries, block_queries)
+    key, value = of_head(key, batch, head // group), of_head(value, batch, head // group)
+    c = load_coefficients(coefficients, order)
+    score_scale = tl.load(coefficients + 2 + 4 * order)
+    q = load_tile(of_head(query, batch, head), first, queries, block_queries, dim, width)
+    o = load_tile(of_head(output, batch, head), first, queries, block_queries, dim, width)
+    do = load_tile(of_head(output_gradient, batch, head), first, queries, block_queries, dim, width)
+    rows = first + tl.arange(0, block_queries)
+    place = row * queries + rows
+    lse = tl.load(logsumexp + place, mask=rows < queries, other=float("inf"))  # so P is 0
+    d = tl.sum(o.to(dtype) * do.to(dtype), 1)
+    tl.store(delta + place, d, mask=rows < queries)
+
+    i, j = tl.arange(0, block_queries)[:, None], tl.arange(0, block_keys)[None, :]
+    learned: tl.constexpr = coefficient_gradient is not None
+    state = (
+        tl.zeros((block_queries, width), dtype),
+        zero_sums((block_queries, 4), dtype, order),
+        zero_sums((block_queries, 4), dtype, order),
+        tl.zeros((block_queries, 4), dtype),
+    )
+    end = tl.minimum(keys, first + block_queries + keys - queries) if causal else keys
+    whole = 0
+    if mask is None and bias is None:
+        whole = whole_keys(first, queries, keys, block_keys, causal)
+        for start in range(0, whole, block_keys):
+            state = backward_query_tile(
+                state, q, do, key, value, mask, bias, c, score_scale, lse, d, row, batch, head,
+                first, start, i, j, queries, keys, seed, dropout, order, causal, mask_by_query,
+                bias_before, dim, width, block_keys, precision, dtype, learned, False,
+            )  # fmt: skip
+    for start in range(whole, end, block_keys):
+        state = backward_query_tile(
+            state, q, do, key, value, mask, bias, c, score_scale, lse, d, row, batch, head,
+            first, start, i, j, queries, keys, seed, dropout, order, causal, mask_by_query,
+            bias_before, dim, width, block_keys, precision, dtype, learned, True,
+        )  # fmt: skip
+    dq, sums, means, residual = state
+
+    query_gradient = of_head(query_gradient, batch, head)
+    store_tile(query_gradient, score_scale * c[0] * dq, first, queries, block_queries, dim, width)
+    if coefficient_gradient is not None:
+        share = tl.program_id(0).to(tl.int64) * (2 + 4 * order)
+        sums = centred(sums, means, residual, order)
+        store_coefficient_gradient(coefficient_gradient + share, sums, 0.0, c, order)
+
+
+@triton.jit
+def backward_key_value_tile(
+    state, k, v, query, output_gradient, logsumexp, delta, mask, bias, c, score_scale,
+    batch, head, heads, start, first, i, j, queries, keys, seed, dropout, order: tl.constexpr,
+    causal: tl.constexpr, mask_by_query: tl.constexpr, bias_before: tl.constexpr,
+    dim: tl.constexpr, width: tl.constexpr, block_queries: tl.constexpr,
+    precision: tl.constexpr, dtype: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the keys and values, after another tile of queries.
+
+    What keys that do not exist receive is not kept: only causal tiles and those with a mask need
+    to be masked.
+    """
+    dk, dv = state
+    row = batch * heads + head
+    q = load_tile(of_head(query, batch, head), start, queries, block_queries, dim, width)
+    do = load_tile(of_head(output_gradient, batch, head), start, queries, block_queries, dim, width)
+    rows = start + tl.arange(0, block_queries)
+    place = row * queries + rows
+    lse = tl.load(logsumexp + place, mask=rows < queries, other=float("inf"))  # so P is 0
+    d = tl.load(delta + place, mask=rows < queries, other=0.0)
+    scores = tl.dot(k, tl.trans(q), input_precision=precision)
+    gradient = tl.dot(v, tl.trans(do), input_precision=precision)
+    tile_mask, added = None, 0.0
+    if masked:
+        tile_mask = mask_of_tile(
+            mask, batch, head, start, first, i, j, queries, keys, causal, mask_by_query
+        )
+        scores, added, tile_mask = add_bias(
+            scores, tile_mask, bias, score_scale, batch, head, start, first, i, j, queries, keys,
+            bias_before, dtype,
+        )  # fmt: skip
+    factor = 1.0
+    if dropout is not None:
+        factor = dropout_factor(seed, dropout, row, start + i, first + j, queries, keys, dtype)
+    probabilities, gradient, slope, _ = backward_tile(
+        scores, added, tile_mask, lse[None, :], d[None, :], gradient, factor, c, order
+    )
+    dv += tl.dot((probabilities * factor).to(do.dtype), do, input_precision=precision)
+    dk += tl.dot((gradient * slope).to(q.dtype), q, input_precision=precision)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["seed"])
+def attention_backward_key_value(
+    query,
+    key,
+    value,
+    mask,
+    bias,
+    coefficients,
+    logsumexp,
+    output_gradient,
+    delta,
+    key_gradient,
+    value_gradient,
+    heads,
+    group,
+    queries,
+    keys,
+    seed,
+    dropout,
+    order: tl.constexpr,
+    causal: tl.constexpr,
+    mask_by_query: tl.constexpr,
+    bias_before: tl.constexpr,
+    dim: tl.constexpr,
+    width: tl.constexpr,
+    block_queries: tl.constexpr,
+    block_keys: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """One block of keys: its gradient and its values', over all query heads that read it.
+
+    Tiles are transposed, (keys, queries), as the two products with P^T want them.
+    """
+    dtype: tl.constexpr = coefficients.dtype.element_ty
+    _row, batch, key_head, first = place_of_program(heads // group, keys, block_keys)
+    c = load_coefficients(coefficients, order)
+    k = load_tile(of_head(key, batch, key_head), first, keys, block_keys, dim, width)
+    score_scale = tl.load(coefficients + 2 + 4 * order)
+    v = load_tile(of_head(value, batch, key_head), first, keys, block_keys, dim, width)
+    i, j = tl.arange(0, block_queries)[None, :], tl.arange(0, block_keys)[:, None]
+
+    state = tl.zeros((block_keys, width), dtype), tl.zeros((block_keys, width), dtype)
+    begin, whole = 0, 0
+    if causal:
+        begin = tl.maximum(0, first - (keys - queries)) // block_queries * block_queries
+        whole = tl.cdiv(tl.maximum(0, first + block_keys - 1 - (keys - queries)), block_queries)
+        whole = tl.minimum(whole * block_queries, queries)
+    if mask is not None or bias is not None:
+        whole = queries
+    for head in range(key_head * group, (key_head + 1) * group):
+        for start in range(begin, whole, block_queries):
+            state = backward_key_value_tile(
+                state, k, v, query, output_gradient, logsumexp, delta, mask, bias, c, score_scale,
+                batch, head, heads, start, first, i, j, queries, keys, seed, dropout, order, causal,
+                mask_by_query, bias_before, dim, width, block_queries, precision, dtype, True,
+            )  # fmt: skip
+        if mask is None and bias is None:
+            for start in range(whole, queries, block_queries):
+                state = backward_key_value_tile(
+                    state, k, v, query, output_gradient, logsumexp, delta, mask, bias, c,
+                    score_scale, batch, head, heads, start, first, i, j, queries, keys, seed,
+                    dropout, order, causal, mask_by_query, bias_before, dim, width, block_queries,
+                    precision, dtype, False,
+                )  # fmt: skip
+    dk, dv = state
+
+    key_gradient = of_head(key_gradient, batch, key_head)
+    value_gradient = of_head(value_gradient, batch, key_head)
+    store_tile(key_gradient, score_scale * c[0] * dk, first, keys, block_keys, dim, width)
+    store_tile(value_gradient, dv, first, keys, block_keys, dim, width)

@@ -1,0 +1,150 @@
+"""The Triton kernel of the output of `multimax.kernels.triton_attention`.
+
+    scores = query key^T      modulated = sigma(scale scores + shift)      P = softmax(modulated)
+    output = (D P) value      D: 0 where dropped, else 1 / (1 - dropout)
+
+A bias is added to the modulated scores, or to the scores times a factor that follows the
+coefficients in memory. FlashAttention-2 (Dao, 2023): the softmax of a row is corrected as its
+maximum grows, and its logsumexp is kept for the backward pass.
+"""
+
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false
+# Triton compiles these functions from their source; their arguments have no type a checker knows.
+
+import triton
+import triton.language as tl
+
+from multimax.kernels.triton_modulation import load_coefficients, modulate
+from multimax.kernels.triton_tiles import (
+    bias_of_tile,
+    dropout_factor,
+    load_tile,
+    mask_of_tile,
+    of_head,
+    place_of_program,
+    store_tile,
+    whole_keys,
+)
+
+
+@triton.jit
+def add_bias(
+    scores, mask, bias, score_scale, batch, head, first, start, i, j, queries, keys,
+    before: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile with a bias before the modulation, what is added after it, and the mask."""
+    added = 0.0
+    if bias is not None:
+        added, shown = bias_of_tile(bias, batch, head, first, start, i, j, queries, keys, dtype)
+        mask = mask & shown
+        if before:
+            scores = scores * score_scale + added
+            added = 0.0
+    return scores, added, mask
+
+
+@triton.jit
+def forward_tile(
+    state, q, key, value, mask, bias, c, score_scale, row, batch, head, first, start,
+    i, j, queries, keys, seed, dropout, order: tl.constexpr, causal: tl.constexpr,
+    mask_by_query: tl.constexpr, bias_before: tl.constexpr, dim: tl.constexpr,
+    width: tl.constexpr, block_keys: tl.constexpr, precision: tl.constexpr,
+    dtype: tl.constexpr, masked: tl.constexpr,
+):  # fmt: skip
+    """Maximum, sum of weights and weighted mean of the rows, after another tile of keys."""
+    maximum, total, mean = state
+    k = load_tile(key, start, keys, block_keys, dim, width)
+    v = load_tile(value, start, keys, block_keys, dim, width)
+    scores = tl.dot(q, tl.trans(k), input_precision=precision)
+    if masked:
+        tile_mask = mask_of_tile(
+            mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
+        )
+        scores, added, tile_mask = add_bias(
+            scores, tile_mask, bias, score_scale, batch, head, first, start, i, j, queries, keys,
+            bias_before, dtype,
+        )  # fmt: skip
+        modulated, _, _ = modulate(scores, c, order)
+        if bias is not None and not bias_before:
+            modulated += added
+        modulated = tl.where(tile_mask, modulated, float("-inf"))
+    else:
+        modulated, _, _ = modulate(scores, c, order)
+    new_maximum = tl.maximum(maximum, tl.max(modulated, 1))
+    # A row that has seen nothing allowed has the maximum -inf, and -inf - -inf is NaN.
+    anchor = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights = tl.exp(modulated - anchor[:, None])
+    shrink = tl.exp(maximum - anchor)
+    total = total * shrink + tl.sum(weights, 1)
+    if dropout is not None:
+        weights *= dropout_factor(seed, dropout, row, first + i, start + j, queries, keys, dtype)
+    mean = mean * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=precision)
+    return new_maximum, total, mean
+
+
+@triton.jit(do_not_specialize=["seed"])
+def attention_forward(
+    query,
+    key,
+    value,
+    mask,
+    bias,
+    coefficients,
+    output,
+    logsumexp,
+    heads,
+    group,
+    queries,
+    keys,
+    seed,
+    dropout,
+    order: tl.constexpr,
+    causal: tl.constexpr,
+    mask_by_query: tl.constexpr,
+    bias_before: tl.constexpr,
+    dim: tl.constexpr,
+    width: tl.constexpr,
+    block_queries: tl.constexpr,
+    block_keys: tl.constexpr,
+    precision: tl.constexpr,
+):
+    """One block of queries: its output, and the logsumexp of its rows (0 for an empty row)."""
+    dtype: tl.constexpr = coefficients.dtype.element_ty
+    row, batch, head, first = place_of_program(heads, queries, block_queries)
+    key, value = of_head(key, batch, head // group), of_head(value, batch, head // group)
+    c = load_coefficients(coefficients, order)
+    score_scale = tl.load(coefficients + 2 + 4 * order)
+    q = load_tile(of_head(query, batch, head), first, queries, block_queries, dim, width)
+    i, j = tl.arange(0, block_queries)[:, None], tl.arange(0, block_keys)[None, :]
+
+    state = (
+        tl.full((block_queries,), float("-inf"), dtype),
+        tl.zeros((block_queries,), dtype),
+        tl.zeros((block_queries, width), dtype),
+    )
+    end = tl.minimum(keys, first + block_queries + keys - queries) if causal else keys
+    whole = 0
+    if mask is None and bias is None:
+        whole = whole_keys(first, queries, keys, block_keys, causal)
+        for start in range(0, whole, block_keys):
+            state = forward_tile(
+                state, q, key, value, mask, bias, c, score_scale, row, batch, head, first, start,
+                i, j, queries, keys, seed, dropout, order, causal, mask_by_query, bias_before,
+                dim, width, block_keys, precision, dtype, False,
+            )  # fmt: skip
+    for start in range(whole, end, block_keys):
+        state = forward_tile(
+            state, q, key, value, mask, bias, c, score_scale, row, batch, head, first, start,
+            i, j, queries, keys, seed, dropout, order, causal, mask_by_query, bias_before,
+            dim, width, block_keys, precision, dtype, True,
+        )  # fmt: skip
+
+    maximum, total, mean = state
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    output = of_head(output, batch, head)
+    store_tile(output, mean / total[:, None], first, queries, block_queries, dim, width)
+    i = first + tl.arange(0, block_queries)
+    sums = tl.where(empty, 0.0, maximum + tl.log(total))
+    tl.store(logsumexp + row * queries + i, sums, mask=i < queries)
