@@ -13,6 +13,7 @@ from torch import Tensor
 from multimax.functional import function_transforms_active
 
 BACKENDS = ("auto", "eager", "c", "triton")
+TRITON_INSTALLED = find_spec("triton") is not None  # here, since torch.compile cannot look
 # torch.compile follows a ContextVar, and compiles again when it has changed: 2.14 does, 2.11 not.
 READS_CONTEXT_VARIABLES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14)
 
@@ -96,6 +97,6 @@ def triton_obstacle(tensor: Tensor) -> str | None:
     """Why the Triton kernels cannot work on a tensor; None if they can."""
     if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {tensor.device}, it runs on CUDA"
-    if find_spec("triton") is None:
+    if not TRITON_INSTALLED:
         return "Triton is not installed: pip install triton"
     return graph_obstacle()

@@ -17,7 +17,7 @@ from multimax.kernels.c_rows import order_of
 
 LEAST_ROWS = 128  # of a chunk: the gradient of the weight is read and written once per chunk
 LEAST_SCORES = 2**22  # of a chunk, 16 MiB in fp32
-LEAST_SCORES_ON_A_GPU = 2**27  # its caches hold no chunk: 256 MiB in half precision
+LEAST_SCORES_ON_A_GPU = 2**28  # its caches hold no chunk: 512 MiB in half precision
 
 # (scores as the product has them, target, row weights or None, whether gradients are wanted) ->
 # losses (rows,) and, if they are, gradients of the sum of weight * loss by the scores (may be in

@@ -142,9 +142,9 @@ def _forward(
     bias_before: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     folded = _new_folded(query, coefficients)
-    folded[:-1] = coefficients
-    folded[-1] = 1.0
-    folded[-1 if bias_before else 0] *= scale
+    folded[:-1].copy_(coefficients)
+    folded[-1].fill_(1.0)  # in place: a number that is assigned would make the host wait
+    folded[-1 if bias_before else 0].mul_(scale)
     options = (causal, dropout, bias_before)
     common = _arguments(query, key, value, folded, bias, mask, seed, *options)
     output, logsumexp = _new_output(query), _new_statistics(query)
@@ -213,7 +213,7 @@ def _backward(
     if parts is not None:  # in fp64: there can be many, of both signs
         sums = parts.sum(0, dtype=torch.float64)
         if not bias_before:
-            sums[0] *= scale
+            sums[0].mul_(scale)
         d_coefficients.copy_(sums)
     return dq, dk, dv, d_coefficients, d_bias
 

@@ -101,6 +101,22 @@ def test_gradients_are_the_same_bits_in_every_run_of_a_large_batch():
         assert all(torch.equal(*pair) for pair in zip(runs[0], later, strict=True))
 
 
+def test_the_host_does_not_wait_for_the_gpu():
+    inputs = draw(2, 2, 64, 64, dtype=torch.bfloat16)
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    normalizers = [SoftMax().cuda(), MultiMax().cuda(), MultiMax(affine=True).cuda()]
+    normalizers.append(SoftMax(learned=True).cuda())
+    target = torch.arange(64, device="cuda")
+    for strict in (False, True):  # compiles first
+        torch.cuda.set_sync_debug_mode("error" if strict else "default")
+        try:
+            for normalizer in normalizers:
+                out = attention(*inputs, normalizer, causal=True, dropout=0.1)
+                linear_output_loss(normalizer, out[0, 0], inputs[1][0, 0], target).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_strides_beyond_32_bits():
     """Heads that are 2^31 elements apart, in a tensor of 8.6 GB."""
     step, size = 2**31 + 64, 128 * 64
