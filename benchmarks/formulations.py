@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 
-def official_modulation(x: Tensor, ts: Any, ranges: Any) -> Tensor:
-    """Scores of any shape with the second-order modulation of 4 `ts` and 4 `ranges`."""
+def official_modulation(x: Tensor, ts: Tensor, ranges: Tensor) -> Tensor:
+    """Scores of any shape with the second-order modulation of (4,) `ts` and `ranges`."""
     first = ts[0] * torch.relu(ranges[0] - x) + ts[1] * torch.relu(x - ranges[1])
     second = ts[2] * torch.relu(ranges[2] - x) ** 2 + ts[3] * torch.relu(x - ranges[3]) ** 2
     return x + first + second

@@ -12,19 +12,22 @@ the host queues all work of a round. The host's time is a column of its own.
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from benchmarks import deit_step
-from benchmarks.formulations import official_attention, official_modulation
+from benchmarks.gpu_workloads import (
+    ATTENTION,
+    DEIT,
+    OUTPUT,
+    attention_workload,
+    deit_workload,
+    output_workload,
+)
 from benchmarks.report import (
     Row,
     draw_lines,
@@ -34,32 +37,12 @@ from benchmarks.report import (
     write_csv,
 )
 from benchmarks.timing import Workload, quantiles
-from multimax.attention import attention
-from multimax.kernels.backend import use_backend
-from multimax.losses import linear_output_loss, output_loss
-from multimax.normalizers import Normalizer, build_normalizer
 from multimax.training.result import environment
 
 MIB = 2**20
-HEADS, HEAD_DIM = 6, 64  # of DeiT-small
 TOKENS = (196, 512, 1024, 2048, 4096, 8192)
 VOCABULARIES = (1_000, 50_000, 267_744)
-FEATURES = 512
 PAUSE = 20_000_000  # cycles, about 10 ms: the host needs less to queue a round
-COMPILED = "MultiMax, official, compiled"
-FIXED = "FlexAttention, MultiMax of constants"  # it gives no gradients of more than one scalar
-ATTENTION = (
-    "SDPA",
-    "FlexAttention, SoftMax",
-    "SoftMax",
-    "MultiMax",
-    FIXED,
-    "MultiMax, eager",
-    "MultiMax, official",
-    COMPILED,
-)
-OUTPUT = ("F.linear, F.cross_entropy", "SoftMax", "MultiMax", "MultiMax, eager")
-DEIT = ("timm", "SoftMax", "MultiMax", "MultiMax, compiled", "MultiMax, official", COMPILED)
 COLUMNS = {
     "provider": "provider",
     "forward_ms": "forward, ms",
@@ -72,106 +55,6 @@ COLUMNS = {
     "held_mib": "held, MiB",
     "peak_mib": "peak, MiB",
 }
-
-
-def attention_workload(name: str, tokens: int, batch: int, causal: bool, device: str) -> Workload:
-    """Output and all gradients of (batch, 6, tokens, 64) tensors in bf16."""
-    torch.manual_seed(0)
-    shape = (batch, HEADS, tokens, HEAD_DIM)
-    inputs = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3)]
-    upstream = torch.randn(shape, device=device, dtype=torch.bfloat16)
-    normalizer = build_normalizer("multimax" if "MultiMax" in name else "softmax").to(device)
-    leaves = [*(t.requires_grad_() for t in inputs), *normalizer.parameters()]
-    function = _attention(name, normalizer, causal, tokens, device)
-
-    def backward(out: Tensor) -> None:
-        torch.autograd.backward(out, upstream)
-
-    return Workload({"forward": lambda _: function(*inputs), "backward": backward}, leaves)
-
-
-def _attention(
-    name: str, normalizer: Any, causal: bool, tokens: int, device: str
-) -> Callable[..., Tensor]:
-    if name == "SDPA":
-        return partial(F.scaled_dot_product_attention, is_causal=causal)
-    if name.startswith("FlexAttention"):
-        return _flex(normalizer, "MultiMax" in name, causal, tokens, device)
-    if "official" in name:
-        function = torch.compile(official_attention) if name == COMPILED else official_attention
-        return lambda q, k, v: function(q, k, v, normalizer.ts, normalizer.ranges, causal)
-    backend = "eager" if name.endswith("eager") else "auto"
-    return partial(attention, normalizer=normalizer, causal=causal, backend=backend)
-
-
-def _flex(
-    normalizer: Any, modulated: bool, causal: bool, tokens: int, device: str
-) -> Callable[..., Tensor]:
-    """torch's attention over any function of a score, with the modulation as that function."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    mask = None
-    if causal:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device)
-
-    compiled: Any = torch.compile(flex_attention, dynamic=False)
-    ts, ranges = (t.detach() for t in (normalizer.ts, normalizer.ranges)) if modulated else ((), ())
-
-    def modulate(score: Tensor, *_: Tensor) -> Tensor:
-        return official_modulation(score, ts, ranges)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if not modulated:
-            return compiled(query, key, value, block_mask=mask)
-        return compiled(query, key, value, score_mod=modulate, block_mask=mask)
-
-    return attend
-
-
-def output_workload(name: str, vocabulary: int, tokens: int, device: str) -> Workload:
-    """Mean loss of (tokens, 512) features in bf16, and all gradients."""
-    torch.manual_seed(0)
-    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
-    features = torch.randn(tokens, FEATURES, **options).requires_grad_()
-    weight = (torch.randn(vocabulary, FEATURES, **options) / FEATURES**0.5).requires_grad_()
-    target = torch.randint(vocabulary, (tokens,), device=device)
-    normalizer = build_normalizer("multimax" if "MultiMax" in name else "softmax").to(device)
-
-    def forward(_: Any) -> Tensor:
-        if name == OUTPUT[0]:
-            return F.cross_entropy(F.linear(features, weight), target)
-        with use_backend("eager" if name.endswith("eager") else "auto"):
-            return linear_output_loss(normalizer, features, weight, target)
-
-    leaves = [features, weight, *normalizer.parameters()]
-    return Workload({"forward": forward, "backward": lambda loss: loss.backward()}, leaves)
-
-
-def deit_workload(name: str, batch: int, image_size: int, depth: int, device: str) -> Workload:
-    """A training step of DeiT-small on random images under bf16 autocast, with fused AdamW."""
-    torch.manual_seed(1)
-    images = torch.randn(batch, 3, image_size, image_size, device=device)
-    target = torch.randint(deit_step.CLASSES, (batch,), device=device)
-    compiled = name.endswith(", compiled")
-    model = deit_step.build(name.removesuffix(", compiled"), image_size, depth).to(device).train()
-    call = torch.compile(model) if compiled else model
-    output = getattr(model, "output", None)
-    output = output if isinstance(output, Normalizer) else None  # timm has none
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.05, fused=True)
-
-    def forward(_: Any) -> Tensor:
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            logits = call(images)
-            if output is None:
-                return F.cross_entropy(logits, target)
-            return output_loss(output, logits, target)
-
-    phases = {
-        "forward": forward,
-        "backward": lambda loss: loss.backward(),
-        "optimizer": lambda _: optimizer.step(),
-    }
-    return Workload(phases, list(model.parameters()))
 
 
 def time_round(workload: Workload, cuda: bool) -> dict[str, float]:
@@ -334,6 +217,8 @@ def main(command: Sequence[str] | None = None) -> None:
         parser.error("no CUDA device is available; --device cpu measures the host")
     names = arguments.providers or providers[arguments.what]
     options, build, draw = shapes(arguments)
+    name = f"gpu_{arguments.what}" + ("_causal" if arguments.causal else "")
+    table = arguments.results / "benchmarks" / f"{name}.csv"
     rows: list[Row] = []
     for shape in options:
         measured = measure(build, names, shape, arguments.device, arguments.rounds)
@@ -343,9 +228,7 @@ def main(command: Sequence[str] | None = None) -> None:
             *(f"{row['provider']}: {row['failed']}\n" for row in measured if row["failed"]), sep=""
         )
         rows += measured
-    name = f"gpu_{arguments.what}" + ("_causal" if arguments.causal else "")
-    table = arguments.results / "benchmarks" / f"{name}.csv"
-    write_csv(table, rows, context(arguments.device))
+        write_csv(table, rows, context(arguments.device))  # a GPU is not always there for the rest
     print(table)
     if draw:
         picture = arguments.results / "figures" / f"benchmark_{name}.png"

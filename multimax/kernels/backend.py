@@ -75,8 +75,13 @@ def _opened_last() -> str:
     return blocks[-1][1] if blocks else "auto"
 
 
-# Compiled code keeps the choice for good, and does not notice another one.
-_backend_when_compiled = torch.compiler.assume_constant_result(_opened_last)
+def _backend_when_compiled() -> str:
+    """Compiled code keeps the choice for good, and does not notice another one."""
+    return _opened_last()
+
+
+# `torch.compiler.assume_constant_result`, which would import the compiler.
+_backend_when_compiled._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def refuse(name: str, what: Any, reason: str) -> NoReturn:

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import attention, deit_step, memory, normalizers, output_layer, report, training
+from benchmarks import (
+    attention,
+    deit_step,
+    gpu,
+    gpu_workloads,
+    memory,
+    normalizers,
+    output_layer,
+    report,
+    training,
+)
 from benchmarks.timing import Workload, quantiles, time_phases
 
 pytestmark = pytest.mark.slow
@@ -81,6 +91,50 @@ def test_providers_compute_the_same(module, names):
         torch.testing.assert_close(first[:shared], second[:shared], rtol=1e-5, atol=1e-6)
         for tensor in first[shared:] + second[shared:]:  # of a modulator that only one has
             assert tensor.shape == (4,)
+
+
+GPU_SHAPES = {
+    "attention": (["--tokens", "8", "16", "--queries", "16", "--causal"], "gpu_attention_causal"),
+    "output": (["--vocabularies", "9", "20", "--rows", "4"], "gpu_output"),
+    "deit": (["--batch", "1", "--image-size", "32", "--depth", "1"], "gpu_deit"),
+}
+
+
+@pytest.mark.parametrize("what", GPU_SHAPES)
+def test_the_benchmark_of_a_gpu_runs_on_the_host(what, tmp_path, capsys):
+    """All but the providers that a compiler must make, and one that torch refuses there."""
+    options, name = GPU_SHAPES[what]
+    providers = {"attention": gpu.ATTENTION, "output": gpu.OUTPUT, "deit": gpu.DEIT}[what]
+    named = [provider for provider in providers if not provider.endswith("compiled")]
+    common = ["--device", "cpu", "--rounds", "2", "--results", str(tmp_path), "--providers", *named]
+    gpu.main([what, *options, *common])
+    rows = read(tmp_path / "benchmarks" / f"{name}.csv")
+    assert [row["provider"] for row in rows] == named * (len(rows) // len(named))
+    for row in rows:
+        flex = row["provider"].startswith("FlexAttention")
+        assert ("backward on CPU" in row["failed"]) == flex
+        assert row["rounds"] == ("0" if flex else "2")
+        assert flex or float(row["step_ms"]) >= float(row["forward_ms"]) > 0
+    assert ("FlexAttention, SoftMax: NotImpl" in capsys.readouterr().out) == (what == "attention")
+
+
+def test_without_a_gpu_its_benchmark_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(["output"])
+    assert "no CUDA device is available; --device cpu" in capsys.readouterr().err
+
+
+def test_providers_on_a_gpu_compute_the_same():
+    names = ["MultiMax", "MultiMax, eager", "MultiMax, official"]
+    made = [gpu_workloads.attention_workload(name, 16, 2, True, "cpu") for name in names]
+    for workload in made[1:]:  # with the modulator of the first
+        for own, first in zip(workload.leaves[3:], made[0].leaves[3:], strict=True):
+            own.data.copy_(first)
+    first, *others = [first_step(workload) for workload in made]
+    for other in others:
+        for found, expected in zip(other, first, strict=True):
+            assert torch.dist(found, expected) < 0.05 * expected.norm()  # the official's are bf16
 
 
 def first_step(workload: Workload) -> list[Tensor]:
