@@ -16,12 +16,12 @@ from multimax.replacement import plain_torch, transformers_route
 from multimax.replacement.classes import (
     AttentionClass,
     defining_class,
-    known_class,
+    known_module,
     lets_normalize,
     normalizes,
     qualified_name,
 )
-from multimax.replacement.interception import guarded, intercepted, original_class
+from multimax.replacement.interception import guarded, original_class
 
 UNKNOWN = (
     "its code has SoftMax or attention, but the class is not known: name the module in skip= to "
@@ -69,7 +69,7 @@ def find(model: nn.Module, also: Collection[type[nn.Module]], bias_place: str) -
             obstacle = transformers_route.obstacle(module)
         if kind.not_attention is None and obstacle is None and hasattr(module, "normalizer"):
             obstacle = "it has an attribute `normalizer` already"
-        found.append(Found(name, module, _installer(module), obstacle, kind.not_attention))
+        found.append(Found(name, module, _installer(module, kind), obstacle, kind.not_attention))
     return found
 
 
@@ -164,9 +164,9 @@ def _describe(module: nn.Module, also: Collection[type[nn.Module]]) -> Attention
     cls = type(module)
     if isinstance(module, Normalizer) or transformers_route.is_model(module):
         return None
-    if defining_class(cls) in also or cls in also:
-        return AttentionClass()
-    known = known_class(cls)
+    known = known_module(module)
+    if {defining_class(cls), cls, type(getattr(module, "processor", None))} & set(also):
+        return AttentionClass(intercept=(known or AttentionClass()).intercept)
     if known is None and transformers_route.asks_interface(cls):
         return AttentionClass()
     if known is None and (normalizes(cls) or lets_normalize(module)):
@@ -174,10 +174,10 @@ def _describe(module: nn.Module, also: Collection[type[nn.Module]]) -> Attention
         if other is not None:
             return AttentionClass(not_attention=other)
         return AttentionClass(refused=UNKNOWN)
-    return known
+    return None if known is not None and known.container else known
 
 
-def _installer(module: Any) -> Callable[[Normalizer, str], None]:
+def _installer(module: Any, kind: AttentionClass) -> Callable[[Normalizer, str], None]:
     def install(normalizer: Normalizer, bias_place: str) -> None:
         if transformers_route.asks_interface(type(module)):
             transformers_route.install(module, normalizer, bias_place)
@@ -186,6 +186,6 @@ def _installer(module: Any) -> Callable[[Normalizer, str], None]:
         module.bias_place = bias_place
         if hasattr(module, "fused_attn"):  # timm: torch's attention, which gets the bias apart
             module.unfused, module.fused_attn = not module.fused_attn, True
-        module.__class__ = intercepted(type(module))
+        kind.intercept(module)
 
     return install
