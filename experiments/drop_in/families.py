@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from experiments.drop_in import diffusers_models, x_transformers_models
+from experiments.drop_in.stirring import stirred
 from experiments.drop_in.transformers_models import INTERCEPTED, MODELS, REFUSED, inputs
 from experiments.drop_in.transformers_models import build as build_transformers
 
@@ -106,6 +109,14 @@ def families() -> list[Family]:
         for name in models
     ]
     found += [
+        Family("diffusers", name, _diffusers(name))
+        for name in {**diffusers_models.MODELS, **diffusers_models.REFUSED}
+    ]
+    found += [
+        Family("x-transformers", name, partial(x_transformers_models.build, name))
+        for name in x_transformers_models.MODELS
+    ]
+    found += [
         Family("torch", "TransformerEncoder", _encoder),
         Family("torch", "Transformer", _transformer),
     ]
@@ -124,6 +135,14 @@ def _transformers(name: str) -> Callable[[], Built]:
     def build() -> Built:
         model = stirred(build_transformers(name))
         return model, (), inputs(name, model)
+
+    return build
+
+
+def _diffusers(name: str) -> Callable[[], Built]:
+    def build() -> Built:
+        model, inputs = diffusers_models.build(name)
+        return model, (), {**inputs, "return_dict": False}
 
     return build
 
@@ -150,21 +169,6 @@ def _torchvision(name: str) -> Callable[[], Built]:
         return model, (images,), {}
 
     return build
-
-
-def stirred(model: nn.Module) -> nn.Module:
-    """The model with weights that make a difference, as those of a trained one.
-
-    Heads start at zero, layer scales at 1e-5, and weights of 0.02 make scores that are all alike.
-    """
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.numel() > 1 and parameter.std() < 1e-3:
-                parameter += torch.randn_like(parameter) / 10
-            if parameter.dim() >= 2:
-                inputs = parameter[0].numel()
-                parameter *= max(1.0, (inputs**-0.5 / parameter.std()).item())
-    return model
 
 
 def _settled(model: nn.Module, images: torch.Tensor) -> nn.Module:

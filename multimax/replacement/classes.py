@@ -60,7 +60,7 @@ def defining_class(cls: type[nn.Module]) -> type:
 
 def known_module(module: nn.Module) -> AttentionClass | None:
     """What is known of a module, by its class or the one that its forward is inherited from."""
-    from multimax.replacement.diffusers_classes import with_processor
+    from multimax.replacement.diffusers_route import with_processor
 
     found = known_classes().get(qualified_name(defining_class(type(module))))
     return found(module) if callable(found) else found or with_processor(module)

@@ -166,9 +166,7 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 @cache
-def derive(
-    base: type[nn.Module], forward: Callable[..., Any], **others: Any
-) -> type[nn.Module]:
+def derive(base: type[nn.Module], forward: Callable[..., Any], **others: Any) -> type[nn.Module]:
     """The subclass of a module class with another forward, which finds it as `replaced_class`.
 
     Args:
@@ -197,7 +195,7 @@ def intercepted_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     base = type(self).replaced_class
     interception = Interception(self.normalizer, self.bias_place)
     with interception:
-        result = base.forward(self, *args, **kwargs)
+        result = super(type(self), self).forward(*args, **kwargs)
     if interception.calls != 1:
         raise RuntimeError(
             f"{base.__qualname__} normalized {interception.calls} times in one forward pass, where "

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from multimax.normalizers import Normalizer
-from multimax.replacement import plain_torch, transformers_route
+from multimax.replacement import diffusers_route, plain_torch, transformers_route
 from multimax.replacement.classes import (
     AttentionClass,
     defining_class,
@@ -91,6 +91,7 @@ def restore(model: nn.Module) -> int:
     """Give every module its own SoftMax back; the number of normalizers taken out."""
     count = 0
     transformers_route.switch_off(model)
+    diffusers_route.forget(model)
     for module in list(model.modules()):
         if is_replaced(module):
             module.__class__ = original_class(module) or type(module)
@@ -118,6 +119,7 @@ def finish(model: nn.Module, left: Collection[nn.Module], arguments: Mapping[str
             module.__class__ = guarded(type(module))
     transformers_route.switch_on(model)
     transformers_route.record(model, arguments)
+    diffusers_route.record(model, arguments)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-"""Models of transformers that were saved with another normalizer."""
+"""Models that were saved with another normalizer: those of transformers, and of any library."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
-from multimax.replacement import heads, routes
+from multimax.replacement import diffusers_files, heads, routes
 from multimax.replacement.replace import replace_softmax
 from multimax.replacement.transformers_route import configurations
 
@@ -16,12 +16,12 @@ PLACE = ("cache_dir", "force_download", "local_files_only", "revision", "subfold
 def load_pretrained(
     model_class: Any, name: Any, *, also: Collection[type[nn.Module]] = (), **options: Any
 ) -> Any:
-    """A model of transformers that was saved after `replace_softmax`, with its scalars.
+    """A model of transformers or diffusers, saved after `replace_softmax`, with its scalars.
 
         model = load_pretrained(AutoModelForCausalLM, "folder")
 
     Args:
-        model_class: a model class or an "Auto" class of transformers.
+        model_class: a model class or an "Auto" class of these libraries.
         name: a folder, or a name on the hub.
         also: as given to `replace_softmax`.
         options: of `from_pretrained`.
@@ -29,6 +29,8 @@ def load_pretrained(
     Raises:
         ValueError: it was not saved with another normalizer, or scalars are missing in its files.
     """
+    if model_class.__module__.startswith("diffusers."):
+        return diffusers_files.load(model_class, name, also, options)
     from transformers import AutoConfig
 
     config = options.pop("config", None)

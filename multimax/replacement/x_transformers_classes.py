@@ -1,7 +1,7 @@
 """What is known of the modules of x-transformers that normalize.
 
-Its `Attention` has the heads; the `Attend` in it adds a bias to the scores before its SoftMax, which
-is taken from there and given to the normalizer apart.
+Its `Attention` has the heads. The `Attend` in it adds a bias to the scores before its SoftMax; that
+is taken from there, and given to the normalizer apart.
 """
 
 from functools import partial

@@ -101,19 +101,3 @@ def test_a_second_replacement_and_bad_names_are_refused():
         replace_softmax(model, "sparsemax")
     with pytest.raises(ValueError, match="no attention layer"):
         replace_softmax(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("name", ["Attention", "FluxAttention", "WanAttention"])
-def test_diffusers_is_refused(name):
-    pytest.importorskip("diffusers")
-    from diffusers.models.attention_processor import Attention, AttnProcessor
-    from diffusers.models.transformers import transformer_flux, transformer_wan
-
-    if name == "Attention":
-        layer = Attention(16, heads=2, dim_head=8, processor=AttnProcessor())
-    else:
-        module = transformer_flux if name == "FluxAttention" else transformer_wan
-        processor = getattr(module, name.replace("Attention", "AttnProcessor"))()
-        layer = getattr(module, name)(16, 2, 8, processor=processor)
-    with pytest.raises(ValueError, match="the class is not known"):
-        replace_softmax(beside(layer))
