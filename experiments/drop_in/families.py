@@ -96,6 +96,7 @@ TIMM = [
 # SoftMax gets scores with the bias in them.
 BEFORE = {"efficientformer_l1", "efficientformerv2_s0", "gcvit_xxtiny", "levit_128s", "mvitv2_tiny"}
 BEFORE |= {"eca_botnext26ts_256", "halonet_h1", "maxvit_t"}
+BEFORE |= set(x_transformers_models.BEFORE)
 TORCHVISION = ("vit_b_16", "swin_t", "swin_v2_t", "maxvit_t")
 
 
@@ -113,7 +114,7 @@ def families() -> list[Family]:
         for name in {**diffusers_models.MODELS, **diffusers_models.REFUSED}
     ]
     found += [
-        Family("x-transformers", name, partial(x_transformers_models.build, name))
+        Family("x-transformers", name, partial(x_transformers_models.build, name), _place(name))
         for name in x_transformers_models.MODELS
     ]
     found += [

@@ -41,12 +41,15 @@ REFUSED = {
     "Decoder, selective": {"attn_selective": True},
     "Decoder, signed": {"attn_cog_signed": True},
     "Decoder, sink": {"attn_head_learned_sink": True},
-    "Decoder, clamped": {"attn_softclamp_logits": True},
-    "Decoder, CoPE": {"attn_use_cope": True},
     "Decoder, residual": {"residual_attn": True},
 }
+# They read the scores with a bias in them.
+BEFORE = {
+    "Decoder, clamped": {"attn_softclamp_logits": True, **ALIBI},
+    "Decoder, CoPE": {"attn_use_cope": True, **ALIBI},
+}
 OTHERS = ("Encoder, ALiBi", "XTransformer", "ViTransformerWrapper")
-MODELS = (*DECODERS, *OTHERS, *REFUSED)
+MODELS = (*DECODERS, *BEFORE, *OTHERS, *REFUSED)
 
 
 def build(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
@@ -57,19 +60,19 @@ def build(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     if name == "ViTransformerWrapper":
         torch.manual_seed(0)
         layers = x_transformers.Encoder(dim=32, depth=2, heads=4)
-        sizes = {"image_size": 16, "patch_size": 4, "num_classes": 5}
+        sizes: dict[str, Any] = {"image_size": 16, "patch_size": 4, "num_classes": 5}
         model = x_transformers.ViTransformerWrapper(**sizes, attn_layers=layers)
         return stirred(model).eval(), (torch.randn(2, 3, 16, 16),), {}
     if name == "XTransformer":
         torch.manual_seed(0)
-        sizes = {"dim": 32}
+        sizes: dict[str, Any] = {"dim": 32}
         for side in ("enc", "dec"):
             sizes |= {f"{side}_num_tokens": VOCABULARY, f"{side}_max_seq_len": 32}
             sizes |= {f"{side}_depth": 1, f"{side}_heads": 4}
         return stirred(x_transformers.XTransformer(**sizes)).eval(), (x, x), {"mask": mask}
     if name == "Encoder, ALiBi":
         return wrapped("Encoder", **ALIBI), (x,), {"mask": mask}
-    return wrapped(**{**DECODERS, **REFUSED}[name]), (x,), {"mask": mask}
+    return wrapped(**{**DECODERS, **BEFORE, **REFUSED}[name]), (x,), {"mask": mask}
 
 
 def wrapped(layers: str = "Decoder", **options: Any) -> nn.Module:

@@ -98,8 +98,8 @@ def _set_processor(self: Any, processor: Any) -> None:
 def _get_attention_scores(
     self: Any, query: Tensor, key: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    scores = super(type(self), self).get_attention_scores
-    return with_bias(attention_mask, scores, query, key)
+    original: Any = super(type(self), self)
+    return with_bias(attention_mask, original.get_attention_scores, query, key)
 
 
 def record(model: nn.Module, arguments: Mapping[str, Any]) -> None:

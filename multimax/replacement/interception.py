@@ -194,8 +194,10 @@ def intercepted_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of the class that it was, over `self.normalizer`."""
     base = type(self).replaced_class
     interception = Interception(self.normalizer, self.bias_place)
+    # Not `base.forward`: torch.compile takes some classes of diffusers for functions.
+    original: Any = super(type(self), self)
     with interception:
-        result = super(type(self), self).forward(*args, **kwargs)
+        result = original.forward(*args, **kwargs)
     if interception.calls != 1:
         raise RuntimeError(
             f"{base.__qualname__} normalized {interception.calls} times in one forward pass, where "

@@ -10,6 +10,7 @@ from torch import nn
 from experiments.drop_in.stirring import stirred
 from experiments.drop_in.x_transformers_models import (
     ALIBI,
+    BEFORE,
     DECODERS,
     FLASH,
     OTHERS,
@@ -178,11 +179,11 @@ def test_another_normalization_is_refused_by_name(option):
     assert not any(isinstance(module, MultiMax) for module in model.modules())
 
 
-@pytest.mark.parametrize("option", ["attn_softclamp_logits", "attn_use_cope"])
-def test_scores_that_are_read_with_their_bias(option):
-    model, (x, mask) = wrapped(**{option: True}, **ALIBI), tokens()
+@pytest.mark.parametrize("name", BEFORE)
+def test_scores_that_are_read_with_their_bias(name):
+    model, args, kwargs = build(name)
     replace_softmax(model, bias_place="before")
-    verification = verify_replacement(model, x, mask=mask)
+    verification = verify_replacement(model, *args, **kwargs)
     assert verification.evaluation < 2e-6
     assert verification.called == 2
 
