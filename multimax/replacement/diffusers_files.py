@@ -32,7 +32,7 @@ def load(model_class: Any, name: Any, also: Collection[type], options: Mapping[s
             f"{name} was not saved with another normalizer: use "
             f"{model_class.__name__}.from_pretrained and replace_softmax"
         )
-    own = getattr(diffusers, config["_class_name"])
+    own = getattr(diffusers, config["_class_name"], model_class)
     if model_class is not diffusers.AutoModel and not issubclass(own, model_class):
         raise ValueError(f"{name} is a {own.__name__}, not a {model_class.__name__}")
 

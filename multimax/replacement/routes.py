@@ -28,6 +28,10 @@ UNKNOWN = (
     "keep its SoftMax, or the class in also= if one forward pass normalizes exactly once, scores "
     "over keys"
 )
+HOOKED = (
+    "its forward was exchanged on the instance, as hooks of accelerate and diffusers do: replace "
+    "SoftMax before"
+)
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,12 @@ class Found:
         return qualified_name(type(self.module))
 
 
-def find(model: nn.Module, also: Collection[type[nn.Module]], bias_place: str) -> list[Found]:
+def find(model: nn.Module, also: Collection[type], bias_place: str) -> list[Found]:
     """All modules of a model that normalize, the outermost of nested ones.
 
     Args:
         model: of any library.
-        also: classes to take as attention though they are not known.
+        also: classes, of processors too, to take as attention though they are not known.
         bias_place: that is asked for.
     """
     found: list[Found] = []
@@ -67,6 +71,8 @@ def find(model: nn.Module, also: Collection[type[nn.Module]], bias_place: str) -
         obstacle = kind.refused or _bias_obstacle(kind, bias_place)
         if obstacle is None and transformers_route.asks_interface(type(module)):
             obstacle = transformers_route.obstacle(module)
+        elif obstacle is None and "forward" in vars(module):
+            obstacle = HOOKED
         if kind.not_attention is None and obstacle is None and hasattr(module, "normalizer"):
             obstacle = "it has an attribute `normalizer` already"
         found.append(Found(name, module, _installer(module, kind), obstacle, kind.not_attention))
@@ -161,7 +167,7 @@ def _outermost(
     return walk(model, "")
 
 
-def _describe(module: nn.Module, also: Collection[type[nn.Module]]) -> AttentionClass | None:
+def _describe(module: nn.Module, also: Collection[type]) -> AttentionClass | None:
     """What is known of a module that normalizes; None if it does not."""
     cls = type(module)
     if isinstance(module, Normalizer) or transformers_route.is_model(module):

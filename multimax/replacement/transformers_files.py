@@ -1,4 +1,4 @@
-"""Models that were saved with another normalizer: those of transformers, and of any library."""
+"""Models of transformers, or of diffusers, that were saved with another normalizer."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ PLACE = ("cache_dir", "force_download", "local_files_only", "revision", "subfold
 
 
 def load_pretrained(
-    model_class: Any, name: Any, *, also: Collection[type[nn.Module]] = (), **options: Any
+    model_class: Any, name: Any, *, also: Collection[type] = (), **options: Any
 ) -> Any:
     """A model of transformers or diffusers, saved after `replace_softmax`, with its scalars.
 
@@ -29,7 +29,7 @@ def load_pretrained(
     Raises:
         ValueError: it was not saved with another normalizer, or scalars are missing in its files.
     """
-    if model_class.__module__.startswith("diffusers."):
+    if any(base.__module__.startswith("diffusers.") for base in model_class.__mro__):
         return diffusers_files.load(model_class, name, also, options)
     from transformers import AutoConfig
 
@@ -75,7 +75,7 @@ def _own_class(model_class: Any, config: Any) -> Any:
 
 
 def _arguments(
-    model: nn.Module, saved: Mapping[str, Any], also: Collection[type[nn.Module]]
+    model: nn.Module, saved: Mapping[str, Any], also: Collection[type]
 ) -> dict[str, Any]:
     """Arguments of `replace_softmax` for a model that may be a part of the saved one."""
     names = [found.name for found in routes.find(model, also, saved["bias_place"])]

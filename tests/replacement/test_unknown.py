@@ -86,6 +86,15 @@ def test_two_softmax_in_one_forward_are_an_error():
         model(torch.randn(2, 5, 8))
 
 
+def test_a_forward_that_a_hook_exchanged_is_refused():
+    model = nn.TransformerEncoderLayer(8, 2)
+    model.self_attn.forward = model.self_attn.forward  # of the instance, not of its class
+    with pytest.raises(ValueError, match=r"self_attn.*its forward was exchanged"):
+        replace_softmax(model)
+    del model.self_attn.forward
+    assert len(replace_softmax(model).attention) == 1
+
+
 def test_a_second_replacement_and_bad_names_are_refused():
     model = nn.MultiheadAttention(8, 2)
     with pytest.raises(ValueError, match="is no module that normalizes"):
