@@ -85,10 +85,8 @@ class Interception(_Guard):
         if self.bias is None:
             return self.normalizer(scores, dim)
         hidden = self.bias <= MASK_FLOOR
-        mask = ~(hidden | (scores <= MASK_FLOOR))
-        return self.normalizer.biased(
-            scores, self.bias.masked_fill(hidden, 0), mask, self.bias_place
-        )
+        bias = self.bias.masked_fill(hidden, 0)
+        return self.normalizer.biased(scores, bias, ~hidden, self.bias_place)
 
     def _attention(
         self,
@@ -125,7 +123,7 @@ def with_bias(bias: Tensor | None, function: Callable[..., Any], *args: Any, **k
 
     Args:
         bias: is added to what it hands to SoftMax, over the last dimension, as `bias_place` says.
-            Entries of at most `functional.MASK_FLOOR`, as of the scores, mask.
+            Entries of at most `functional.MASK_FLOOR` mask.
         function: calls SoftMax.
         args: of it.
         kwargs: of it.
