@@ -1,5 +1,7 @@
 """python -m experiments.drop_in [PACKAGE ...]: the table of families, in results/tables/drop_in.*
 
+The rows of packages that are not named stay as they are there.
+
 For each model: how many attention layers get another normalizer; the largest difference of an
 output to the original's at the identity start, as a share of the largest output, in evaluation and
 in training mode; whether a training step moves the scalars of all layers, and whether a state dict
@@ -35,16 +37,27 @@ def main(arguments: list[str] | None = None) -> None:
     unknown = set(parsed.packages) - set(known)
     if unknown:
         parser.error(f"no package {', '.join(unknown)}: there are {', '.join(known)}")
+    kept = _written(parsed.folder / "drop_in.csv") if parsed.packages else {}
     rows = []
     for family in families():
         if not parsed.packages or family.package in parsed.packages:
             rows.append(row(family))
             print(*rows[-1].values(), sep=" | ", flush=True)
+        elif (family.package, family.name) in kept:
+            rows.append(kept[family.package, family.name])
     parsed.folder.mkdir(parents=True, exist_ok=True)
     for suffix, text in {"md": _markdown(rows), "csv": _csv(rows)}.items():
         content = text.encode()
         path = parsed.folder / f"drop_in.{suffix}"
         write_atomically(path, lambda stream, content=content: stream.write(content))
+
+
+def _written(path: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of a table that was written before, by package and model."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as stream:
+        return {(row["package"], row["model"]): row for row in csv.DictReader(stream)}
 
 
 def row(family: Family) -> dict[str, str]:

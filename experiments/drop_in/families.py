@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from experiments.drop_in import diffusers_models, x_transformers_models
+from experiments.drop_in.stirring import stirred
 from experiments.drop_in.transformers_models import INTERCEPTED, MODELS, REFUSED, inputs
 from experiments.drop_in.transformers_models import build as build_transformers
 
@@ -93,6 +96,7 @@ TIMM = [
 # SoftMax gets scores with the bias in them.
 BEFORE = {"efficientformer_l1", "efficientformerv2_s0", "gcvit_xxtiny", "levit_128s", "mvitv2_tiny"}
 BEFORE |= {"eca_botnext26ts_256", "halonet_h1", "maxvit_t"}
+BEFORE |= set(x_transformers_models.BEFORE)
 TORCHVISION = ("vit_b_16", "swin_t", "swin_v2_t", "maxvit_t")
 
 
@@ -104,6 +108,14 @@ def families() -> list[Family]:
     found += [
         Family("transformers", name, _transformers(name), _transformers_place(name))
         for name in models
+    ]
+    found += [
+        Family("diffusers", name, _diffusers(name))
+        for name in {**diffusers_models.MODELS, **diffusers_models.REFUSED}
+    ]
+    found += [
+        Family("x-transformers", name, partial(x_transformers_models.build, name), _place(name))
+        for name in x_transformers_models.MODELS
     ]
     found += [
         Family("torch", "TransformerEncoder", _encoder),
@@ -124,6 +136,14 @@ def _transformers(name: str) -> Callable[[], Built]:
     def build() -> Built:
         model = stirred(build_transformers(name))
         return model, (), inputs(name, model)
+
+    return build
+
+
+def _diffusers(name: str) -> Callable[[], Built]:
+    def build() -> Built:
+        model, inputs = diffusers_models.build(name)
+        return model, (), {**inputs, "return_dict": False}
 
     return build
 
@@ -150,21 +170,6 @@ def _torchvision(name: str) -> Callable[[], Built]:
         return model, (images,), {}
 
     return build
-
-
-def stirred(model: nn.Module) -> nn.Module:
-    """The model with weights that make a difference, as those of a trained one.
-
-    Heads start at zero, layer scales at 1e-5, and weights of 0.02 make scores that are all alike.
-    """
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.numel() > 1 and parameter.std() < 1e-3:
-                parameter += torch.randn_like(parameter) / 10
-            if parameter.dim() >= 2:
-                inputs = parameter[0].numel()
-                parameter *= max(1.0, (inputs**-0.5 / parameter.std()).item())
-    return model
 
 
 def _settled(model: nn.Module, images: torch.Tensor) -> nn.Module:

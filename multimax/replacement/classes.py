@@ -1,12 +1,15 @@
 """What is known of the attention classes of each library, and how an unknown one is noticed."""
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
+
+from multimax.replacement.interception import intercept
 
 NORMALIZES = {
     "softmax",
@@ -33,12 +36,16 @@ class AttentionClass:
             so that only `bias_place="after"` is possible.
         refused: why no other normalizer can take the place of its SoftMax.
         not_attention: what its SoftMax is for, if not for attention: it is left alone.
+        container: what its own code normalizes is no attention, but modules in it may attend.
+        intercept: changes the class of a module so that its SoftMax goes to `module.normalizer`.
     """
 
     biased_scores: bool = False
     finite_mask: bool = False
     refused: str | None = None
     not_attention: str | None = None
+    container: bool = False
+    intercept: Callable[[Any], None] = intercept
 
 
 def qualified_name(cls: type) -> str:
@@ -51,17 +58,34 @@ def defining_class(cls: type[nn.Module]) -> type:
     return next(base for base in cls.__mro__ if "forward" in vars(base))
 
 
-def known_class(cls: type[nn.Module]) -> AttentionClass | None:
-    """What is known of a module class, or of the one that its forward is inherited from."""
-    return known_classes().get(qualified_name(defining_class(cls)))
+def known_module(module: nn.Module) -> AttentionClass | None:
+    """What is known of a module, by its class or the one that its forward is inherited from."""
+    from multimax.replacement.diffusers_route import with_processor
+
+    found = known_classes().get(qualified_name(defining_class(type(module))))
+    return found(module) if callable(found) else found or with_processor(module)
 
 
 @cache
-def known_classes() -> dict[str, AttentionClass]:
-    """All known attention classes by their qualified names."""
-    from multimax.replacement import plain_torch, timm_classes, transformers_classes
+def known_classes() -> dict[str, AttentionClass | Callable[[Any], AttentionClass]]:
+    """All known attention classes by their qualified names; functions of a module where the class
+    does not tell.
+    """
+    from multimax.replacement import (
+        diffusers_classes,
+        plain_torch,
+        timm_classes,
+        transformers_classes,
+        x_transformers_classes,
+    )
 
-    return {**plain_torch.CLASSES, **timm_classes.CLASSES, **transformers_classes.CLASSES}
+    return {
+        **plain_torch.CLASSES,
+        **timm_classes.CLASSES,
+        **transformers_classes.CLASSES,
+        **diffusers_classes.CLASSES,
+        **x_transformers_classes.CLASSES,
+    }
 
 
 def normalizes(cls: type[nn.Module]) -> bool:
@@ -96,7 +120,7 @@ def names_used(cls: type, method: str = "forward", caller: type | None = None) -
         for name in names:
             called = function.__globals__.get(name) or getattr(cls, name, None)
             called = called or getattr(caller, name, None)
-            if getattr(called, "__module__", "").partition(".")[0] == package:
+            if str(getattr(called, "__module__", "")).partition(".")[0] == package:
                 waiting.append(inspect.unwrap(called) if callable(called) else called)
     return used
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from multimax.attention import attention
+from multimax.functional import MASK_FLOOR
 from multimax.normalizers import Normalizer
 from multimax.replacement.additive import split_additive
 from multimax.replacement.multi_head import multi_head_attention
@@ -24,6 +25,7 @@ SOFTMAX = {torch.softmax, torch.Tensor.softmax, F.softmax, torch.special.softmax
 UNREACHABLE = {
     torch._transformer_encoder_layer_fwd: "the fused encoder layer of torch",
     torch._native_multi_head_attention: "the fused attention of torch",
+    torch.ops.higher_order.flex_attention: "flex_attention",
 }
 
 
@@ -55,6 +57,7 @@ class Interception(_Guard):
         super().__init__()
         self.normalizer: Normalizer = normalizer
         self.bias_place: str = bias_place
+        self.bias: Tensor | None = None  # of `with_bias`
         self.calls: int = 0
 
     def __torch_function__(
@@ -78,7 +81,12 @@ class Interception(_Guard):
 
     def _softmax(self, scores: Tensor, dim: int, *rest: Any, dtype: Any = None, **_: Any) -> Tensor:
         dtypes = [option for option in (*rest, dtype) if isinstance(option, torch.dtype)]
-        return self.normalizer(scores.to(dtypes[0]) if dtypes else scores, dim)
+        scores = scores.to(dtypes[0]) if dtypes else scores
+        if self.bias is None:
+            return self.normalizer(scores, dim)
+        hidden = self.bias <= MASK_FLOOR
+        bias = self.bias.masked_fill(hidden, 0)
+        return self.normalizer.biased(scores, bias, ~hidden, self.bias_place)
 
     def _attention(
         self,
@@ -110,13 +118,39 @@ class Interception(_Guard):
         )
 
 
-def intercepted(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module class whose SoftMax goes to `self.normalizer`.
+def with_bias(bias: Tensor | None, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What a function in an intercepted forward returns, called with scores that have no bias yet.
 
-    Instances of the class become instances of it by `module.__class__ = intercepted(type(module))`;
-    they keep everything they have. They can be copied and pickled.
+    Args:
+        bias: is added to what it hands to SoftMax, over the last dimension, as `bias_place` says.
+            Entries of at most `functional.MASK_FLOOR` mask.
+        function: calls SoftMax.
+        args: of it.
+        kwargs: of it.
+
+    Raises:
+        RuntimeError: no intercepted forward is at work.
     """
-    return derive(base, _intercepted_forward)
+    modes = _get_current_function_mode_stack()
+    current = next((mode for mode in reversed(modes) if isinstance(mode, Interception)), None)
+    if current is None:
+        raise RuntimeError(
+            f"{function.__qualname__} was called outside of the attention layer that has its "
+            "normalizer: call that layer"
+        )
+    current.bias = bias
+    try:
+        return function(*args, **kwargs)
+    finally:
+        current.bias = None
+
+
+def intercept(module: nn.Module) -> None:
+    """Let a module, which has a `normalizer`, be of the subclass whose SoftMax goes there.
+
+    It keeps everything that it has, and can be copied and pickled.
+    """
+    module.__class__ = derive(type(module), intercepted_forward)
 
 
 def guarded(base: type[nn.Module]) -> type[nn.Module]:
@@ -130,31 +164,43 @@ def original_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 @cache
-def derive(base: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
-    """The subclass of a module class with another forward, which finds it as `replaced_class`."""
+def derive(base: type[nn.Module], forward: Callable[..., Any], **others: Any) -> type[nn.Module]:
+    """The subclass of a module class with another forward, which finds it as `replaced_class`.
+
+    Args:
+        base: the class.
+        forward: of the subclass.
+        others: further members.
+    """
 
     def reduce(self: Any, protocol: Any) -> Any:
         _, _, *state = base.__reduce_ex__(self, protocol)
-        return _new, (base, forward), *state
+        return _new, (base, forward, others), *state
 
-    members = {"forward": forward, "replaced_class": base, "__reduce_ex__": reduce}
+    members = {"forward": forward, "replaced_class": base, "__reduce_ex__": reduce, **others}
     return type(base.__name__, (base,), {**members, "__module__": base.__module__})
 
 
-def _new(base: type[nn.Module], forward: Callable[..., Any]) -> nn.Module:
-    derived = derive(base, forward)
+def _new(
+    base: type[nn.Module], forward: Callable[..., Any], others: Mapping[str, Any]
+) -> nn.Module:
+    derived = derive(base, forward, **others)
     return derived.__new__(derived)
 
 
-def _intercepted_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def intercepted_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the class that it was, over `self.normalizer`."""
     base = type(self).replaced_class
     interception = Interception(self.normalizer, self.bias_place)
+    # Not `base.forward`: torch.compile takes some classes of diffusers for functions.
+    original: Any = super(type(self), self)
     with interception:
-        result = base.forward(self, *args, **kwargs)
+        result = original.forward(*args, **kwargs)
     if interception.calls != 1:
         raise RuntimeError(
             f"{base.__qualname__} normalized {interception.calls} times in one forward pass, where "
-            "exactly one SoftMax was to be replaced: restore_softmax(model) undoes the replacement"
+            "exactly one SoftMax was to be replaced: take the attention processor, backend or "
+            "kernel that it had before; restore_softmax(model) undoes the replacement"
         )
     return result
 

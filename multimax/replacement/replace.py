@@ -24,7 +24,7 @@ def replace_softmax(
     attention: bool = True,
     output: bool = False,
     skip: str | Sequence[str] = (),
-    also: Collection[type[nn.Module]] = (),
+    also: Collection[type] = (),
     bias_place: str = "after",
     **options: Any,
 ) -> Replacement:
@@ -44,8 +44,8 @@ def replace_softmax(
         output: modulate the scores of the classes or words, so that SoftMax and cross-entropy of
             what the model returns are those of the normalizer.
         skip: names of modules that keep their SoftMax, with wildcards such as "decoder.*".
-        also: classes of modules to take as attention though they are not known here: one forward
-            pass must normalize exactly once, scores over keys.
+        also: classes of modules, or of processors of diffusers, to take as attention though they
+            are not known here: one forward pass must normalize exactly once, scores over keys.
         bias_place: where a bias of the scores (relative positions, ALiBi) is added, "after" the
             modulation or "before" it.
         options: of the normalizer. `init` is "identity" unless given: multimax starts as SoftMax.
@@ -114,7 +114,7 @@ def _check_unreplaced(model: nn.Module) -> None:
 
 
 def _choose(
-    model: nn.Module, skip: Sequence[str], also: Collection[type[nn.Module]], bias_place: str
+    model: nn.Module, skip: Sequence[str], also: Collection[type], bias_place: str
 ) -> tuple[list[Found], list[Found]]:
     """The modules to replace and those to leave; ValueError if that cannot be done right."""
     layers: list[Found] = []

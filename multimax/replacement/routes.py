@@ -12,21 +12,25 @@ from typing import Any
 from torch import nn
 
 from multimax.normalizers import Normalizer
-from multimax.replacement import plain_torch, transformers_route
+from multimax.replacement import diffusers_route, plain_torch, transformers_route
 from multimax.replacement.classes import (
     AttentionClass,
     defining_class,
-    known_class,
+    known_module,
     lets_normalize,
     normalizes,
     qualified_name,
 )
-from multimax.replacement.interception import guarded, intercepted, original_class
+from multimax.replacement.interception import guarded, original_class
 
 UNKNOWN = (
     "its code has SoftMax or attention, but the class is not known: name the module in skip= to "
     "keep its SoftMax, or the class in also= if one forward pass normalizes exactly once, scores "
     "over keys"
+)
+HOOKED = (
+    "its forward was exchanged on the instance, as hooks of accelerate and diffusers do: replace "
+    "SoftMax before"
 )
 
 
@@ -54,12 +58,12 @@ class Found:
         return qualified_name(type(self.module))
 
 
-def find(model: nn.Module, also: Collection[type[nn.Module]], bias_place: str) -> list[Found]:
+def find(model: nn.Module, also: Collection[type], bias_place: str) -> list[Found]:
     """All modules of a model that normalize, the outermost of nested ones.
 
     Args:
         model: of any library.
-        also: classes to take as attention though they are not known.
+        also: classes, of processors too, to take as attention though they are not known.
         bias_place: that is asked for.
     """
     found: list[Found] = []
@@ -67,9 +71,11 @@ def find(model: nn.Module, also: Collection[type[nn.Module]], bias_place: str) -
         obstacle = kind.refused or _bias_obstacle(kind, bias_place)
         if obstacle is None and transformers_route.asks_interface(type(module)):
             obstacle = transformers_route.obstacle(module)
+        elif obstacle is None and "forward" in vars(module):
+            obstacle = HOOKED
         if kind.not_attention is None and obstacle is None and hasattr(module, "normalizer"):
             obstacle = "it has an attribute `normalizer` already"
-        found.append(Found(name, module, _installer(module), obstacle, kind.not_attention))
+        found.append(Found(name, module, _installer(module, kind), obstacle, kind.not_attention))
     return found
 
 
@@ -91,6 +97,7 @@ def restore(model: nn.Module) -> int:
     """Give every module its own SoftMax back; the number of normalizers taken out."""
     count = 0
     transformers_route.switch_off(model)
+    diffusers_route.forget(model)
     for module in list(model.modules()):
         if is_replaced(module):
             module.__class__ = original_class(module) or type(module)
@@ -118,6 +125,7 @@ def finish(model: nn.Module, left: Collection[nn.Module], arguments: Mapping[str
             module.__class__ = guarded(type(module))
     transformers_route.switch_on(model)
     transformers_route.record(model, arguments)
+    diffusers_route.record(model, arguments)
 
 
 @contextmanager
@@ -159,14 +167,14 @@ def _outermost(
     return walk(model, "")
 
 
-def _describe(module: nn.Module, also: Collection[type[nn.Module]]) -> AttentionClass | None:
+def _describe(module: nn.Module, also: Collection[type]) -> AttentionClass | None:
     """What is known of a module that normalizes; None if it does not."""
     cls = type(module)
     if isinstance(module, Normalizer) or transformers_route.is_model(module):
         return None
-    if defining_class(cls) in also or cls in also:
-        return AttentionClass()
-    known = known_class(cls)
+    known = known_module(module)
+    if {defining_class(cls), cls, type(getattr(module, "processor", None))} & set(also):
+        return AttentionClass(intercept=(known or AttentionClass()).intercept)
     if known is None and transformers_route.asks_interface(cls):
         return AttentionClass()
     if known is None and (normalizes(cls) or lets_normalize(module)):
@@ -174,10 +182,10 @@ def _describe(module: nn.Module, also: Collection[type[nn.Module]]) -> Attention
         if other is not None:
             return AttentionClass(not_attention=other)
         return AttentionClass(refused=UNKNOWN)
-    return known
+    return None if known is not None and known.container else known
 
 
-def _installer(module: Any) -> Callable[[Normalizer, str], None]:
+def _installer(module: Any, kind: AttentionClass) -> Callable[[Normalizer, str], None]:
     def install(normalizer: Normalizer, bias_place: str) -> None:
         if transformers_route.asks_interface(type(module)):
             transformers_route.install(module, normalizer, bias_place)
@@ -186,6 +194,6 @@ def _installer(module: Any) -> Callable[[Normalizer, str], None]:
         module.bias_place = bias_place
         if hasattr(module, "fused_attn"):  # timm: torch's attention, which gets the bias apart
             module.unfused, module.fused_attn = not module.fused_attn, True
-        module.__class__ = intercepted(type(module))
+        kind.intercept(module)
 
     return install

@@ -1,11 +1,11 @@
-"""Models of transformers that were saved with another normalizer."""
+"""Models of transformers, or of diffusers, that were saved with another normalizer."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
-from multimax.replacement import heads, routes
+from multimax.replacement import diffusers_files, heads, routes
 from multimax.replacement.replace import replace_softmax
 from multimax.replacement.transformers_route import configurations
 
@@ -14,14 +14,14 @@ PLACE = ("cache_dir", "force_download", "local_files_only", "revision", "subfold
 
 
 def load_pretrained(
-    model_class: Any, name: Any, *, also: Collection[type[nn.Module]] = (), **options: Any
+    model_class: Any, name: Any, *, also: Collection[type] = (), **options: Any
 ) -> Any:
-    """A model of transformers that was saved after `replace_softmax`, with its scalars.
+    """A model of transformers or diffusers, saved after `replace_softmax`, with its scalars.
 
         model = load_pretrained(AutoModelForCausalLM, "folder")
 
     Args:
-        model_class: a model class or an "Auto" class of transformers.
+        model_class: a model class or an "Auto" class of these libraries.
         name: a folder, or a name on the hub.
         also: as given to `replace_softmax`.
         options: of `from_pretrained`.
@@ -29,6 +29,8 @@ def load_pretrained(
     Raises:
         ValueError: it was not saved with another normalizer, or scalars are missing in its files.
     """
+    if any(base.__module__.startswith("diffusers.") for base in model_class.__mro__):
+        return diffusers_files.load(model_class, name, also, options)
     from transformers import AutoConfig
 
     config = options.pop("config", None)
@@ -73,7 +75,7 @@ def _own_class(model_class: Any, config: Any) -> Any:
 
 
 def _arguments(
-    model: nn.Module, saved: Mapping[str, Any], also: Collection[type[nn.Module]]
+    model: nn.Module, saved: Mapping[str, Any], also: Collection[type]
 ) -> dict[str, Any]:
     """Arguments of `replace_softmax` for a model that may be a part of the saved one."""
     names = [found.name for found in routes.find(model, also, saved["bias_place"])]

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from experiments.drop_in.families import stirred
+from experiments.drop_in.stirring import stirred
 from multimax import MultiMax, replace_softmax, restore_softmax, verify_replacement
 from multimax.replacement.classes import (
     defining_class,
