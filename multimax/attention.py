@@ -30,7 +30,7 @@ from multimax.kernels.c_attention import c_attention
 from multimax.normalizers import Normalizer
 
 LARGEST_TRITON_HEAD = 128
-ROWS = 1024  # of scores, at most, that a kernel shows to hooks which are content with some
+ROWS = 512  # of scores, at most, that a kernel shows to hooks which are content with some
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 

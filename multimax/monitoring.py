@@ -26,7 +26,7 @@ def monitor(model: nn.Module, every: int = 100, log: Any = None) -> "Monitor":
     "normalizers/blocks.0.attn/sparsity" and "learned/blocks.0.attn/t_b_1". A Trainer of
     transformers takes `multimax.integrations.transformers.MonitorCallback` instead.
 
-    Passes that are not measured only count. A measured one looks at up to 1,024 rows of scores of
+    Passes that are not measured only count. A measured one looks at up to 512 rows of scores of
     each layer, beside the fused kernel that computes it. An error of the logger is an error of the
     training.
 
@@ -110,7 +110,7 @@ def check_normalizers(model: nn.Module) -> None:
 
 
 class RowSample(NormalizerRecorder):
-    """Measures up to 1,024 rows of each layer in each pass inside its `with` blocks.
+    """Measures up to 512 rows of each layer in each pass inside its `with` blocks.
 
     The passes take the kernels that they take without it, but for `torch.compile`, whose functions
     run as plain Python.

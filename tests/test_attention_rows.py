@@ -60,8 +60,8 @@ def test_rows_are_those_of_the_whole(module, place):
     ("batch", "heads", "queries", "items", "rows"),
     [
         (2, 2, 3, [0, 1], [0, 1, 2]),
-        (700, 4, 5, middles(700, 256), [2]),
-        (1, 1, 5000, [0], middles(5000, 1024)),
+        (700, 4, 5, middles(700, ROWS // 4), [2]),
+        (1, 1, 5000, [0], middles(5000, ROWS)),
         (2, 1500, 7, [1], [3]),
     ],
 )

@@ -24,7 +24,7 @@ class MonitorCallback(TrainerCallback):
     The values of `multimax.monitor` go to `trainer.log`, and so to `trainer.state.log_history` and
     all of `report_to`, at the steps at which the Trainer logs its loss: `logging_steps`,
     `logging_first_step` and `logging_strategy` say which. They are of the whole batch of the step:
-    of all its accumulated parts, and of all processes, which each measure up to 1,024 rows of
+    of all its accumulated parts, and of all processes, which each measure up to 512 rows of
     scores of each layer and part.
 
     The hooks are on the model during the forward passes of those steps only, so that nothing is
