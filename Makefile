@@ -76,6 +76,7 @@ benchmark: setup ## speed and memory next to torch, timm, the entmax package and
 	$(RUN) -m benchmarks.attention
 	$(RUN) -m benchmarks.deit_step
 	$(RUN) -m benchmarks.output_layer
+	$(RUN) -m benchmarks.monitoring
 
 wheels: ## dist/: source, a wheel for all, and one with compiled kernels (Linux on x86-64)
 	rm -rf build dist

@@ -30,6 +30,7 @@ from multimax.kernels.c_attention import c_attention
 from multimax.normalizers import Normalizer
 
 LARGEST_TRITON_HEAD = 128
+ROWS = 512  # of scores, at most, that a kernel shows to hooks which are content with some
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -60,7 +61,8 @@ def attention(
         dropout: in [0, 1), applied to the probabilities; pass 0 in evaluation.
         scale: factor on the scores; None is 1 / sqrt(head_dim).
         backend: see `multimax.kernels.backend.use_backend`, whose choice None takes. "auto" calls
-            the normalizer (and so its hooks) unless it can be fused.
+            the normalizer (and so its hooks) unless it can be fused. A forward hook with an
+            attribute `takes_rows` that is true is content with some rows, beside any kernel.
         bias: real, broadcastable to (..., queries, keys): relative positions, ALiBi. Entries of at
             most `functional.MASK_FLOOR`, such as -inf, mask; the others are added to the scores.
         bias_place: "after" adds it to the modulated scores, so that positions neither change what
@@ -94,6 +96,8 @@ def attention(
     dtype = torch.promote_types(query.dtype, torch.float32)
     coefficients = normalizer.coefficients(dtype, query.device)
     bias_before = bias is not None and bias_place == "before"
+    if any(map(_takes_rows, normalizer._forward_hooks.values())):
+        _show_rows(q, k, normalizer, mask, causal, scale, bias, bias_place)
     out = kernel(q, k, v, coefficients, mask, causal, dropout, scale, bias, bias_before)
     return out.reshape(*leading, *out.shape[-2:])
 
@@ -176,16 +180,59 @@ def _choose(
 
 
 def _hooked(normalizer: Normalizer) -> bool:
-    """Whether hooks, its own or those of all modules, want to see the scores and probabilities,
+    """Whether hooks, its own or those of all modules, want to see all scores and probabilities,
     which a kernel never holds.
     """
     own = (
         normalizer._forward_pre_hooks,
-        normalizer._forward_hooks,
+        not all(map(_takes_rows, normalizer._forward_hooks.values())),
         normalizer._backward_pre_hooks,
         normalizer._backward_hooks,
     )
     return any(map(bool, own)) or bool(torch_module._has_any_global_hook())
+
+
+def _takes_rows(hook: Any) -> bool:
+    return getattr(hook, "takes_rows", False)
+
+
+@torch.no_grad()
+def _show_rows(
+    query: Tensor,
+    key: Tensor,
+    normalizer: Normalizer,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    bias: Tensor | None,
+    bias_place: str,
+) -> None:
+    """Call the normalizer, and so its hooks, on up to `ROWS` rows: of all heads, and of items of
+    the batch and queries that are spread evenly.
+    """
+    batch, heads, queries, _ = query.shape
+    keys = key.size(2)
+    items = _spread(batch, ROWS // max(heads, 1), query.device)
+    rows = _spread(queries, ROWS // max(heads * len(items), 1), query.device)
+
+    def chosen(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.expand(batch, heads, queries, keys)[items][:, :, rows]
+
+    mask, bias = chosen(mask), chosen(bias)
+    if causal:
+        seen = torch.arange(keys, device=rows.device) <= rows[:, None] + keys - queries
+        mask = seen if mask is None else mask & seen
+    query, key = query[items][:, :, rows], key[items]
+    key, nothing = repeat_heads(query, key, key[..., :0])
+    eager_attention(query, key, nothing, normalizer, mask, False, 0.0, scale, bias, bias_place)
+
+
+def _spread(size: int, count: int, device: torch.device) -> Tensor:
+    """The middles of up to `count`, at least one, equal parts of `size` places."""
+    count = min(size, max(count, 1))
+    return (2 * torch.arange(count, device=device) + 1) * size // max(2 * count, 1)
 
 
 def _obstacle(

@@ -1,18 +1,19 @@
 """Measures of normalizers and what they learned, sent to a logger while a model trains."""
 
 import math
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from multimax.attention import ROWS
 from multimax.functional import MASK_FLOOR
 from multimax.normalizers import Normalizer
 from multimax.parameters import flat_scalars, learned_scalars
 from multimax.recording import Normalization, NormalizerRecorder
-
-ROWS = 1024  # of the scores of a layer that are measured, evenly spaced
 
 
 def monitor(model: nn.Module, every: int = 100, log: Any = None) -> "Monitor":
@@ -22,19 +23,24 @@ def monitor(model: nn.Module, every: int = 100, log: Any = None) -> "Monitor":
             train(model)
 
     The values have the names that this project's own runs have in Weights & Biases, such as
-    "normalizers/blocks.0.attn/sparsity" and "learned/blocks.0.attn/t_b_1".
+    "normalizers/blocks.0.attn/sparsity" and "learned/blocks.0.attn/t_b_1". A Trainer of
+    transformers takes `multimax.integrations.transformers.MonitorCallback` instead.
 
-    Passes that are not measured only count. A measured one shows up to 1,024 rows of scores of each
-    layer, which its fused kernel does not hold: it takes the definition instead, until the next
-    pass of the model. An error of the logger is an error of the training. Passes under
-    `torch.compile` are neither counted nor measured.
+    Passes that are not measured only count. A measured one looks at up to 512 rows of scores of
+    each layer, beside the fused kernel that computes it. An error of the logger is an error of the
+    training.
 
     Args:
-        model: called as a whole, with `Normalizer` modules in it. Passes in training mode count;
-            with `torch.distributed`, only those of rank 0 are measured.
+        model: called as a whole, with `Normalizer` modules in it; also what `torch.compile` or DDP
+            made of one, whose layers keep their names. Passes in training mode count, each by
+            itself where gradients are accumulated. With `torch.distributed` only rank 0 measures
+            and logs, its own share of the batch: no process waits for another. A measured pass is
+            not compiled, and inside a compiled function none is seen: give the function's model as
+            `torch.compile` returns it.
         every: measure each pass whose number, counted from 1, it divides.
         log: `log(values, step)` with dict[str, float]; or what has `add_scalar(name, value, step)`,
-            as TensorBoard's SummaryWriter; or `log(values, step=step)`, as a run of wandb.
+            as TensorBoard's SummaryWriter; or `log(values, step=step)`, as a run of wandb. The step
+            is the number of the pass, in wandb that of the run where it is larger.
 
     Returns:
         What ends it by `remove()` or at the end of a `with` block.
@@ -51,22 +57,19 @@ class Monitor:
     def __init__(self, model: nn.Module, every: int, log: Any) -> None:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an integer >= 1, got {every!r}")
-        if not any(isinstance(module, Normalizer) for module in model.modules()):
-            raise ValueError(
-                f"{type(model).__name__} has no normalizer: call replace_softmax first"
-            )
+        check_normalizers(model)
         self._send = _sender(log)
         self.every: int = every
         self.step: int = 0
-        self._sample: _Sample | None = None
+        self._sample: RowSample | None = None
         self._own: list[Any] = [
             model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._end),
+            model.register_forward_hook(self._end, always_call=True),  # also after an error
         ]
 
     def remove(self) -> None:
         """Take every hook off the model."""
-        self._unhook()
+        self._stop()
         while self._own:
             self._own.pop().remove()
 
@@ -79,44 +82,67 @@ class Monitor:
     def _begin(self, model: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        self._unhook()
+        self._stop()  # of a pass that the user interrupted
         if not model.training:
             return
         self.step += 1
         if self.step % self.every == 0 and _is_first_rank():
-            self._sample = _Sample(model).__enter__()
+            self._sample = RowSample(model).__enter__()
 
-    def _end(self, model: nn.Module, *_: Any) -> None:
-        if torch.compiler.is_compiling() or self._sample is None or self._sample.ended:
+    def _end(self, model: nn.Module, _: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
             return
-        self._sample.ended = True
-        values = flat_scalars(learned_scalars(model))
-        for name, measures in self._sample.summary().items():
-            layer = name.removesuffix("normalizer").rstrip(".") or "model"
-            values |= {
-                f"normalizers/{layer}/{measure}": value
-                for measure, value in measures.items()
-                if not measure.endswith("_count") and measures[f"{measure}_count"]
-            }
-        self._send(values, self.step)
+        sample = self._stop()
+        if sample is not None and output is not None:  # it is None after an error
+            self._send(sample.values(), self.step)
 
-    def _unhook(self) -> None:
-        """Only now, as gradient checkpointing repeats the pass and must take the same path."""
-        if self._sample is not None:
-            self._sample.__exit__(None, None, None)
-            self._sample = None
+    def _stop(self) -> "RowSample | None":
+        sample, self._sample = self._sample, None
+        if sample is not None:
+            sample.__exit__(None, None, None)
+        return sample
 
 
-class _Sample(NormalizerRecorder):
-    """Measures some rows of each layer, in one pass and not in its repetition by checkpointing."""
+def check_normalizers(model: nn.Module) -> None:
+    """Raise ValueError for a model without a normalizer."""
+    if not any(isinstance(module, Normalizer) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no normalizer: call replace_softmax first")
 
-    ended = False
+
+class RowSample(NormalizerRecorder):
+    """Measures up to 512 rows of each layer in each pass inside its `with` blocks.
+
+    The passes take the kernels that they take without it, but for `torch.compile`, whose functions
+    run as plain Python.
+
+    Args:
+        model: see `monitor`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: nn.Module = _unwrapped(model)
+        super().__init__(self.model)
+        self._uncompiled = ExitStack()
+
+    def __enter__(self) -> Self:
+        if "torch._dynamo" in sys.modules:
+            self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._uncompiled.close()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        hook = super()._hook(name)
+        vars(hook)["takes_rows"] = True
+        return hook
 
     def record(self, name: str, seen: Normalization) -> None:
         scores, dim = seen.scores, seen.dim
         leading = scores.movedim(dim, -1).shape[:-1]
         count = math.prod(leading)
-        if self.ended or count == 0 or scores.size(dim) == 0:
+        if count == 0 or scores.size(dim) == 0:
             return
         chosen = torch.arange(min(count, ROWS), device=scores.device) * count // min(count, ROWS)
         index = torch.unravel_index(chosen, leading) if leading else ()
@@ -129,6 +155,29 @@ class _Sample(NormalizerRecorder):
         bias = None if seen.bias is None else rows(seen.bias)
         super().record(name, Normalization(rows(seen.probabilities), rows(scores), -1, mask, bias))
 
+    def values(self) -> dict[str, float]:
+        """The mean of each measure, where there is one, and the learned scalars, by full name."""
+        values = flat_scalars(learned_scalars(self.model))
+        for name, measures in self.summary().items():
+            layer = name.removesuffix("normalizer").rstrip(".") or "model"
+            values |= {
+                f"normalizers/{layer}/{measure}": value
+                for measure, value in measures.items()
+                if not measure.endswith("_count") and measures[f"{measure}_count"]
+            }
+        return values
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` and DDP make of it, whose names are those of layers."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
 
 def _is_first_rank() -> bool:
     distributed = torch.distributed
@@ -139,8 +188,8 @@ def _is_first_rank() -> bool:
 def _sender(log: Any) -> Callable[[dict[str, float], int], Any]:
     if hasattr(log, "add_scalar"):
         return lambda values, step: [log.add_scalar(n, v, step) for n, v in values.items()]
-    if hasattr(log, "log"):
-        return lambda values, step: log.log(values, step=step)
+    if hasattr(log, "log"):  # a run of wandb drops what comes at a step before its own
+        return lambda values, step: log.log(values, step=max(step, getattr(log, "step", 0)))
     if callable(log):
         return log
     raise ValueError(

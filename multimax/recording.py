@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -72,7 +73,7 @@ class Recorder(ABC):
             handle.remove()
         self._handles.clear()
 
-    def _hook(self, name: str):
+    def _hook(self, name: str) -> Callable[..., None]:
         def hook(module, args, kwargs, probabilities):
             with torch.no_grad():
                 self.record(name, Normalization(probabilities, *args, **kwargs))
@@ -119,6 +120,18 @@ class NormalizerRecorder(Recorder):
                 mean = self._totals[name][measure] / count if count else math.nan
                 result[name] |= {measure: mean, f"{measure}_count": count}
         return result
+
+    def pool(self, add: Callable[[Tensor], Tensor]) -> None:
+        """Count in what other processes recorded, so that all have the same summary.
+
+        Args:
+            add: the sum over all processes of a (measures, 2) fp64 tensor, such as an all-reduce.
+        """
+        keys = [(name, m) for name, module in self._modules.items() for m in _measures(module)]
+        own = [(self._totals[name][m], self._counts[name][m]) for name, m in keys]
+        pooled = add(torch.tensor(own, dtype=torch.float64)).tolist()
+        for (name, measure), (total, count) in zip(keys, pooled, strict=True):
+            self._totals[name][measure], self._counts[name][measure] = total, round(count)
 
     def record(self, name: str, seen: Normalization) -> None:
         module = self._modules[name]

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from two_processes import in_two_processes, needs_fork
 
-from multimax import EntMax, MultiMax, SoftMax, monitor
+from multimax import EntMax, MultiMax, NormalizerRecorder, SoftMax, monitor
 from multimax.attention import attention
 
 
@@ -30,20 +32,66 @@ def inputs():
     return torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(1))
 
 
+def left_behind(model):
+    """Hooks that are on the modules of a model."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
 def test_every_third_training_pass_is_measured_and_the_hooks_go():
-    model, sent = Model(), []
+    model, sent, hooked = Model(), [], []
+    model.linear.register_forward_hook(lambda *_: hooked.append(left_behind(model.normalizer)))
     with monitor(model, every=3, log=lambda values, step: sent.append((step, values))):
         state = torch.get_rng_state()
-        for step in range(1, 8):
+        for _ in range(7):
             model(inputs())
-            assert bool(model.normalizer._forward_hooks) == (step % 3 == 0)
+            assert not left_behind(model.normalizer)
             model.eval()(inputs())  # neither counts nor is seen
-            assert not model.normalizer._forward_hooks
             model.train()
         assert torch.get_rng_state().equal(state)
+    assert [index for index, hooks in enumerate(hooked) if hooks] == [4, 10]
     assert [step for step, _ in sent] == [3, 6]
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
+    assert left_behind(model) == 1  # this test's own
+
+
+def test_an_error_in_the_pass_leaves_no_hook():
+    model, sent = Model(), []
+    with monitor(model, every=2, log=lambda values, step: sent.append(step)) as handle:
+        model(inputs())
+        with pytest.raises(RuntimeError):
+            model(torch.randn(2, 3))
+        assert not left_behind(model.normalizer)
+        model(inputs())
+        model(inputs())
+        assert sent == [4]
+        with pytest.raises(ZeroDivisionError), monitor(model, every=1, log=lambda *_: 1 / 0):
+            model(inputs())
+        assert not left_behind(model.normalizer)
+        handle.remove()
+        assert not left_behind(model)
+
+
+def test_each_accumulated_pass_counts_by_itself():
+    model, sent = Model(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = torch.randn(4, 2, 3, 5, 8)
+    expected = entropy_of(model, batches[1])  # of the second part of the first update alone
+    with monitor(model, every=2, log=lambda values, step: sent.append((step, values))):
+        for number, batch in enumerate(batches, 1):
+            model(batch).square().sum().backward()
+            if number % 2 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert [step for step, _ in sent] == [2, 4]
+    first, second = (values for _, values in sent)
+    assert first["normalizers/model/entropy"] == pytest.approx(expected, rel=1e-5)
+    assert first["learned/model/t_b_1"] != second["learned/model/t_b_1"]
+
+
+def entropy_of(model, batch):
+    with NormalizerRecorder(model) as recorder, torch.no_grad():
+        model(batch)
+    (measures,) = recorder.summary().values()
+    return measures["entropy"]
 
 
 def test_values_are_those_of_the_definitions():
@@ -97,15 +145,59 @@ def test_masks_in_the_scores_are_no_scores():
         assert filled[key] == pytest.approx(short[key], rel=1e-5)
 
 
-def test_gradient_checkpointing_takes_one_path():
-    model, sent = Model(repeat=True), []
-    with monitor(model, every=1, log=lambda values, step: sent.append(step)):
-        model(inputs()).sum().backward()
-    gradient = model.linear.weight.grad.clone()
-    model.zero_grad()
-    model(inputs()).sum().backward()
-    torch.testing.assert_close(gradient, model.linear.weight.grad)
+@pytest.mark.parametrize("repeat", [False, True], ids=["plain", "checkpointing"])
+def test_a_measured_step_is_the_step_without(repeat):
+    model, sent = Model(repeat=repeat), []
+    gradients = []
+    for every in (1, 2):
+        model.zero_grad()
+        with monitor(model, every=every, log=lambda values, step: sent.append(step)):
+            model(inputs()).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     assert sent == [1]
+    for measured, plain in zip(*gradients, strict=True):
+        assert measured.equal(plain)
+
+
+def test_a_compiled_model_is_measured_uncompiled_and_compiled_once():
+    model, sent, graphs, numbers = Model(), [], [], []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend)
+    with monitor(compiled, every=2, log=lambda values, step: sent.append((step, values))):
+        for _ in range(5):
+            compiled(inputs())
+            numbers.append(len(graphs))
+    assert [step for step, _ in sent] == [2, 4]
+    assert sent[0][1]["normalizers/model/entropy"] == pytest.approx(entropy_of(model, inputs()))
+    assert min(numbers) == max(numbers) > 0
+    with monitor(model, every=1, log=lambda *_: 1 / 0):  # of which the passes are not seen
+        compiled(inputs())
+
+
+@needs_fork
+def test_rank_0_logs_its_share():
+    batch = torch.randn(4, 3, 5, 8)
+    model = Model()
+
+    def work():
+        distributed.init_process_group("gloo")
+        wrapped, sent = DistributedDataParallel(model), []
+        share = batch.chunk(2)[distributed.get_rank()]
+        with monitor(wrapped, every=2, log=lambda values, step: sent.append((step, values))):
+            for _ in range(3):
+                wrapped(share).sum().backward()
+        return sent
+
+    of_first, of_second = in_two_processes(work)
+    sent = []
+    with monitor(model, every=1, log=lambda values, _: sent.append((2, values))):
+        model(batch[:2])
+    assert of_first == sent
+    assert of_second == []
 
 
 def test_loggers():

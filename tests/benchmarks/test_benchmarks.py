@@ -13,6 +13,7 @@ from benchmarks import (
     gpu,
     gpu_workloads,
     memory,
+    monitoring,
     normalizers,
     output_layer,
     report,
@@ -27,6 +28,7 @@ TIMES = {f"{phase}{part}_ms" for phase in ("forward", "step") for part in ("", "
 SMALL = {
     attention: {"tokens": 6, "batch": 2, "causal": True},
     deit_step: {"batch": 2, "image_size": 32, "depth": 1, "compiled": False},
+    monitoring: {"model": "language"},
     normalizers: {"shape": "3x2x12"},
     output_layer: {"vocabulary": 30, "tokens": 5},
 }
@@ -41,6 +43,7 @@ EQUAL = [
     (attention, [name for name in attention.PROVIDERS if name.startswith("MultiMax")]),
     (deit_step, ["timm", "SoftMax"]),
     (deit_step, [n for n in deit_step.PROVIDERS if n.startswith("MultiMax") and "also" not in n]),
+    (monitoring, list(monitoring.PROVIDERS)),
     (normalizers, ["torch.softmax", "SoftMax"]),
     (normalizers, [name for name in normalizers.PROVIDERS if name.startswith("MultiMax")]),
     (normalizers, [name for name in normalizers.PROVIDERS if "sparsemax" in name]),
@@ -78,6 +81,15 @@ def test_command_writes_csv_and_figure(module, command, name, columns, tmp_path,
     assert all(float(row["step_ms"]) > 0 and row["rounds"] == "2" for row in rows)
     assert float(rows[0]["step_ratio"]) == 1
     assert (tmp_path / "figures" / f"benchmark_{name}.png").stat().st_size > 10_000
+
+
+def test_the_monitor_of_every_hundredth_step(tmp_path, small):
+    common = ["--rounds", "3", "--results", str(tmp_path)]
+    monitoring.main(["--models", "language", *common])
+    rows = read(tmp_path / "benchmarks" / "monitoring.csv")
+    none, counted, measured = (float(row["step_ms"]) for row in rows)
+    expected = (99 * counted + measured) / 100 / none
+    assert float(rows[-1]["every_100_ratio"]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("module", "names"), EQUAL)
