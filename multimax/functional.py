@@ -44,6 +44,14 @@ def values_known(tensor: Tensor) -> bool:
     return known and not function_transforms_active()
 
 
+def exporting() -> bool:
+    """Whether `torch.export` is making a program.
+
+    `torch.compiler.is_exporting` without what it says of torch 2.11: yes, inside torch.compile.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def check_not_nested(*tensors: Tensor) -> None:
     """Raise ValueError for a nested tensor, whose rows have no common length."""
     for tensor in tensors:

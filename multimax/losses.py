@@ -12,6 +12,7 @@ from multimax.functional import (
     check_device,
     check_mask,
     check_not_nested,
+    exporting,
     function_transforms_active,
     to_compute_precision,
     values_known,
@@ -116,7 +117,7 @@ def linear_output_loss(
     to_compute_precision(features.new_empty(0))  # for its check of the dtype
     check_device(features, weight=weight, bias=bias)
     backend = chosen_backend()
-    if function_transforms_active() or torch.compiler.is_exporting():
+    if function_transforms_active() or exporting():
         if backend not in ("auto", "eager"):
             reason = "function transforms and torch.export need torch operations"
             refuse(backend, "linear_output_loss", reason)

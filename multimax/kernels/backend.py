@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from multimax.functional import function_transforms_active
+from multimax.functional import exporting, function_transforms_active
 
 BACKENDS = ("auto", "eager", "c", "triton")
 TRITON_INSTALLED = find_spec("triton") is not None  # here, since torch.compile cannot look
@@ -91,7 +91,7 @@ def refuse(name: str, what: Any, reason: str) -> NoReturn:
 
 def graph_obstacle() -> str | None:
     """Why what runs now cannot be a kernel, of whatever tensors; None if it can."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return "exported programs hold torch operations alone"
     if function_transforms_active():
         return "function transforms such as vmap need torch operations"

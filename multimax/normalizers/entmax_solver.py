@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from multimax.functional import function_transforms_active
+from multimax.functional import exporting, function_transforms_active
 
 # Below it, rounding of the power's form shows in the gradient of alpha (1e-5 here, in fp32).
 NEAR_ONE = 1 / 16
@@ -29,7 +29,7 @@ def solve(shifted: Tensor, excess: float | Tensor, dim: int) -> Tensor:
         (..., of the shape of `shifted`), zeros for a row of -inf alone. In an exported program the
         number of steps is fixed, and the last digits may differ.
     """
-    if torch.compiler.is_exporting():
+    if exporting():
         return _solve_in_one_graph(shifted, excess, dim)
     if torch.compiler.is_compiling() or function_transforms_active():
         tensor, number = (excess, 0.0) if isinstance(excess, Tensor) else (None, excess)

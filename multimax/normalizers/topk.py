@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multimax.functional import check_mask, to_compute_precision
+from multimax.functional import check_mask, exporting, to_compute_precision
 from multimax.kernels import c_rows
 from multimax.normalizers.truncated import TruncatedSoftMax, truncated_softmax
 
@@ -42,15 +42,14 @@ def topk(scores: Tensor, k: int, dim: int = -1, mask: Tensor | None = None) -> T
 
 def _keep(scores: Tensor, k: int, dim: int, mask: Tensor | None) -> Tensor:
     scores = scores.detach()
-    exporting = torch.compiler.is_exporting()
-    if scores.dim() == 0 or (not exporting and k >= scores.size(dim)):
+    if scores.dim() == 0 or (not exporting() and k >= scores.size(dim)):
         return torch.ones_like(scores, dtype=torch.bool)
     if c_rows.usable(scores, "topk"):
         return ~(scores < c_rows.kth_largest(scores, k, dim, mask))
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     candidates = scores
-    if exporting:  # rows may have fewer entries than k or more, whatever the example's have
+    if exporting():  # rows may have fewer entries than k or more, whatever the example's have
         candidates = F.pad(scores.movedim(dim, -1), (0, k), value=-torch.inf).movedim(-1, dim)
     largest = candidates.topk(k, dim).values
     # NaN, and so the whole row is kept and becomes NaN, if the first is NaN or infinite.
