@@ -75,7 +75,7 @@ class _Attention(torch.autograd.Function):
             *grads, d_bias = torch.ops.multimax.attention_backward(
                 *inputs, mask, seed, *ctx.options, out, statistics, grad, learned, of_bias
             )
-            grads.append(d_bias if of_bias else None)
+            grads = [*grads, d_bias if of_bias else None]
         return *grads, *[None] * 6
 
 

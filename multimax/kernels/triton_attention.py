@@ -121,8 +121,11 @@ class _Attention(torch.autograd.Function):
                 learned,
                 of_bias,
             )
-            gradients.append(d_coefficients if learned else None)
-            gradients.append(d_bias if of_bias else None)
+            d_coefficients, d_bias = (
+                d_coefficients if learned else None,
+                d_bias if of_bias else None,
+            )
+            gradients = [*gradients, d_coefficients, d_bias]
         return *gradients, *[None] * 6
 
 
