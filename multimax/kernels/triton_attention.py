@@ -94,16 +94,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, coefficients, bias, mask, seed, *options):
         inputs = (query, key, value, coefficients, bias)
-        output, logsumexp, folded = torch.ops.multimax.triton_attention_forward(
+        output, logsumexp, scalars = torch.ops.multimax.triton_attention_forward(
             *inputs, mask, seed, *options
         )
-        ctx.save_for_backward(*inputs, mask, seed, output, logsumexp, folded)
+        ctx.save_for_backward(*inputs, mask, seed, output, logsumexp, scalars)
         ctx.options = options
         return output
 
     @staticmethod
     def backward(ctx, gradient) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *inputs, mask, seed, output, logsumexp, folded = ctx.saved_tensors
+        *inputs, mask, seed, output, logsumexp, scalars = ctx.saved_tensors
         if torch.is_grad_enabled():
             definition = attention_definition(inputs, mask, ctx.options)
             gradients = differentiable_gradients(definition, inputs, gradient)
@@ -116,7 +116,7 @@ class _Attention(torch.autograd.Function):
                 *ctx.options,
                 output,
                 logsumexp,
-                folded,
+                scalars,
                 gradient,
                 learned,
                 of_bias,
@@ -144,12 +144,11 @@ def _forward(
     scale: float,
     bias_before: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    folded = _new_folded(query, coefficients)
-    folded[:-1].copy_(coefficients)
-    folded[-1].fill_(1.0)  # in place: a number that is assigned would make the host wait
-    folded[-1 if bias_before else 0].mul_(scale)
+    scalars = _new_scalars(query, coefficients)
+    scalars[:-1].copy_(coefficients)
+    scalars[-1].fill_(scale)  # to assign a number would make the host wait
     options = (causal, dropout, bias_before)
-    common = _arguments(query, key, value, folded, bias, mask, seed, *options)
+    common = _arguments(query, key, value, scalars, bias, mask, seed, *options)
     output, logsumexp = _new_output(query), _new_statistics(query)
     blocks, _, _ = block_sizes(query.dtype, common["order"])
     with torch.cuda.device_of(query):
@@ -159,12 +158,12 @@ def _forward(
             logsumexp=logsumexp,
             **launch_options(query, blocks),
         )
-    return output, logsumexp, folded
+    return output, logsumexp, scalars
 
 
 @_forward.register_fake
 def _(query, key, value, coefficients, *_):
-    return _new_output(query), _new_statistics(query), _new_folded(query, coefficients)
+    return _new_output(query), _new_statistics(query), _new_scalars(query, coefficients)
 
 
 @torch.library.custom_op("multimax::triton_attention_backward", mutates_args=())
@@ -182,13 +181,13 @@ def _backward(
     bias_before: bool,
     output: Tensor,
     logsumexp: Tensor,
-    folded: Tensor,
+    scalars: Tensor,
     gradient: Tensor,
     learned: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = (causal, dropout, bias_before)
-    common = _arguments(query, key, value, folded, bias, mask, seed, *options)
+    common = _arguments(query, key, value, scalars, bias, mask, seed, *options)
     common |= strided(output_gradient=gradient)
     common |= {"logsumexp": logsumexp, "delta": torch.empty_like(logsumexp)}
     _, of_query, of_key = block_sizes(query.dtype, common["order"])
@@ -214,10 +213,7 @@ def _backward(
         if of_bias and bias is not None:
             _bias_gradient(d_bias.zero_(), common, query, of_query)
     if parts is not None:  # in fp64: there can be many, of both signs
-        sums = parts.sum(0, dtype=torch.float64)
-        if not bias_before:
-            sums[0].mul_(scale)
-        d_coefficients.copy_(sums)
+        d_coefficients.copy_(parts.sum(0, dtype=torch.float64))
     return dq, dk, dv, d_coefficients, d_bias
 
 
@@ -238,12 +234,8 @@ def _new_statistics(query: Tensor) -> Tensor:
     return query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
 
 
-def _new_folded(query: Tensor, coefficients: Tensor) -> Tensor:
-    """For the coefficients with the scale in them, and what scores are multiplied by.
-
-    The kernels see products of queries and keys: `scale` becomes a part of c0, or for a bias that
-    is added to the scores, the last number.
-    """
+def _new_scalars(query: Tensor, coefficients: Tensor) -> Tensor:
+    """For the coefficients and, after them, `scale`."""
     return query.new_empty(coefficients.numel() + 1, dtype=compute_dtype(query.dtype))
 
 
@@ -257,7 +249,7 @@ def _new_gradients(query, key, value, coefficients, bias, of_bias) -> tuple[Tens
 
 
 def _arguments(
-    query, key, value, folded, bias, mask, seed, causal, dropout, bias_before
+    query, key, value, scalars, bias, mask, seed, causal, dropout, bias_before
 ) -> dict[str, Any]:
     """What all kernels are given."""
     if mask is not None:
@@ -266,14 +258,14 @@ def _arguments(
         bias = bias.expand(*query.shape[:3], key.size(2))
     return {
         **strided(query=query, key=key, value=value, mask=mask, bias=bias),
-        "coefficients": folded,
+        "coefficients": scalars,
         "heads": query.size(1),
         "group": query.size(1) // key.size(1),
         "queries": query.size(2),
         "keys": key.size(2),
         "seed": 0 if seed is None else int(seed),
         "dropout": dropout or None,
-        "order": order_of(folded[:-1], query.device),
+        "order": order_of(scalars[:-1], query.device),
         "causal": causal,
         "mask_by_query": mask is not None and mask.stride(2) != 0,
         "bias_before": bias_before,

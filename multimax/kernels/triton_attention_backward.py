@@ -68,7 +68,7 @@ def backward_query_tile(
     dq, sums, means, residual = state
     k = load_tile(key, start, keys, block_keys, dim, width)
     v = load_tile(value, start, keys, block_keys, dim, width)
-    scores = tl.dot(q, tl.trans(k), input_precision=precision)
+    scores = score_scale * tl.dot(q, tl.trans(k), input_precision=precision)
     gradient = tl.dot(do, tl.trans(v), input_precision=precision)
     tile_mask, added = None, 0.0
     if masked:
@@ -76,7 +76,7 @@ def backward_query_tile(
             mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
         )
         scores, added, tile_mask = add_bias(
-            scores, tile_mask, bias, score_scale, batch, head, first, start, i, j, queries, keys,
+            scores, tile_mask, bias, batch, head, first, start, i, j, queries, keys,
             bias_before, dtype,
         )  # fmt: skip
     factor = 1.0
@@ -199,7 +199,7 @@ def backward_key_value_tile(
     place = row * queries + rows
     lse = tl.load(logsumexp + place, mask=rows < queries, other=float("inf"))  # so P is 0
     d = tl.load(delta + place, mask=rows < queries, other=0.0)
-    scores = tl.dot(k, tl.trans(q), input_precision=precision)
+    scores = score_scale * tl.dot(k, tl.trans(q), input_precision=precision)
     gradient = tl.dot(v, tl.trans(do), input_precision=precision)
     tile_mask, added = None, 0.0
     if masked:
@@ -207,7 +207,7 @@ def backward_key_value_tile(
             mask, batch, head, start, first, i, j, queries, keys, causal, mask_by_query
         )
         scores, added, tile_mask = add_bias(
-            scores, tile_mask, bias, score_scale, batch, head, start, first, i, j, queries, keys,
+            scores, tile_mask, bias, batch, head, start, first, i, j, queries, keys,
             bias_before, dtype,
         )  # fmt: skip
     factor = 1.0

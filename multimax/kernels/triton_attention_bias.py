@@ -94,13 +94,13 @@ def attention_backward_bias(
                 for at in range(first_key, end_key, block_keys):
                     k = load_tile(k_of_head, at, keys, block_keys, dim, width)
                     v = load_tile(v_of_head, at, keys, block_keys, dim, width)
-                    scores = tl.dot(q, tl.trans(k), input_precision=precision)
+                    scores = score_scale * tl.dot(q, tl.trans(k), input_precision=precision)
                     gradient = tl.dot(do, tl.trans(v), input_precision=precision)
                     tile_mask = mask_of_tile(
                         mask, sample, head_of, start, at, i, j, queries, keys, causal, mask_by_query
                     )
                     scores, added, tile_mask = add_bias(
-                        scores, tile_mask, bias, score_scale, sample, head_of, start, at, i, j,
+                        scores, tile_mask, bias, sample, head_of, start, at, i, j,
                         queries, keys, bias_before, dtype,
                     )  # fmt: skip
                     factor = 1.0

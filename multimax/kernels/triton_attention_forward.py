@@ -1,11 +1,11 @@
 """The Triton kernel of the output of `multimax.kernels.triton_attention`.
 
-    scores = query key^T      modulated = sigma(scale scores + shift)      P = softmax(modulated)
+    scores = score_scale query key^T                modulated = sigma(scale scores + shift)
+    P = softmax(modulated)
     output = (D P) value      D: 0 where dropped, else 1 / (1 - dropout)
 
-A bias is added to the modulated scores, or to the scores times a factor that follows the
-coefficients in memory. FlashAttention-2 (Dao, 2023): the softmax of a row is corrected as its
-maximum grows, and its logsumexp is kept for the backward pass.
+A bias is added to the modulated scores, or to the scores. FlashAttention-2 (Dao, 2023): the softmax
+of a row is corrected as its maximum grows, and its logsumexp is kept for the backward pass.
 """
 
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -30,7 +30,7 @@ from multimax.kernels.triton_tiles import (
 
 @triton.jit
 def add_bias(
-    scores, mask, bias, score_scale, batch, head, first, start, i, j, queries, keys,
+    scores, mask, bias, batch, head, first, start, i, j, queries, keys,
     before: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile with a bias before the modulation, what is added after it, and the mask."""
@@ -39,7 +39,7 @@ def add_bias(
         added, shown = bias_of_tile(bias, batch, head, first, start, i, j, queries, keys, dtype)
         mask = mask & shown
         if before:
-            scores = scores * score_scale + added
+            scores += added
             added = 0.0
     return scores, added, mask
 
@@ -56,13 +56,13 @@ def forward_tile(
     maximum, total, mean = state
     k = load_tile(key, start, keys, block_keys, dim, width)
     v = load_tile(value, start, keys, block_keys, dim, width)
-    scores = tl.dot(q, tl.trans(k), input_precision=precision)
+    scores = score_scale * tl.dot(q, tl.trans(k), input_precision=precision)
     if masked:
         tile_mask = mask_of_tile(
             mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
         )
         scores, added, tile_mask = add_bias(
-            scores, tile_mask, bias, score_scale, batch, head, first, start, i, j, queries, keys,
+            scores, tile_mask, bias, batch, head, first, start, i, j, queries, keys,
             bias_before, dtype,
         )  # fmt: skip
         modulated, _, _ = modulate(scores, c, order)

@@ -81,11 +81,12 @@ def modulate(scores, c, order: tl.constexpr):
 
     What is hidden has sigma -inf and the score 0, whose products with a gradient of 0 are 0.
     """
-    hidden = scores == float("-inf")
     if order >= 1:
         # inf would count as hidden under a negative scale.
         scores = tl.where(scores == float("inf"), float("nan"), scores)
-        hidden |= c[0] * scores + c[1] <= FLOOR
+        hidden = (scores <= FLOOR) | (c[0] * scores + c[1] <= FLOOR)
+    else:
+        hidden = scores == float("-inf")
     scores = tl.where(hidden, 0.0, scores)
     x = c[0] * scores + c[1]
     modulated = x
