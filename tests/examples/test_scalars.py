@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,3 +100,10 @@ def test_an_example_in_a_short_form(name, weights, tmp_path):
     else:
         assert result.returncode == 0, result.stderr
         assert len(json.loads((tmp_path / f"{name}.json").read_text())["rows"]) == 3
+
+
+@pytest.mark.parametrize("name", ["minilm", "dinov2"])
+def test_the_documentation_has_the_recorded_table(name):
+    recorded = json.loads(Path(f"results/examples/{name}.json").read_text())
+    assert recorded["table"] in Path("docs/drop-in.md").read_text()
+    assert recorded["rows"][1]["seeds"] == 3
