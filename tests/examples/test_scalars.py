@@ -13,6 +13,8 @@ from torch import nn
 from examples.scalars import LEARNING_RATES, NORMALIZERS, compare, package_folder, prepare, run
 from multimax.parameters import normalizer_parameters
 
+ROOT = Path(__file__).parents[2]
+
 
 class Tiny:
     """Whether the sum of the first feature is positive, by a random encoder."""
@@ -104,6 +106,6 @@ def test_an_example_in_a_short_form(name, weights, tmp_path):
 
 @pytest.mark.parametrize("name", ["minilm", "dinov2"])
 def test_the_documentation_has_the_recorded_table(name):
-    recorded = json.loads(Path(f"results/examples/{name}.json").read_text())
-    assert recorded["table"] in Path("docs/drop-in.md").read_text()
+    recorded = json.loads((ROOT / "results" / "examples" / f"{name}.json").read_text())
+    assert recorded["table"] in (ROOT / "docs" / "drop-in.md").read_text()
     assert recorded["rows"][1]["seeds"] == 3
