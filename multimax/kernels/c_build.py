@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # setup.py compiles where torch is not installed
 
 # Whatever speeds up loops without changing how infinities and NaN are treated.
 FLAGS = ["-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
+# Where a loop happens to lie makes 2 % of the time of attention.
+FLAGS += ["-falign-functions=64", "-falign-loops=64"]
 # What a compiler may not know is left out, in this order. OpenMP is that of torch, in its process.
 OPTIONAL = (["-march=native", "-fopenmp"], ["-march=native"], [])
 COMPILE_SECONDS, ASK_SECONDS = 300, 30  # after which a compiler is taken to hang

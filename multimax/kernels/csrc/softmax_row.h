@@ -2,8 +2,8 @@
 #pragma once
 #include "modulator.h"
 
-/* Adds the bias of a row to its scores, or to their y: -inf where it, or the mask, masks; returns the
-   largest. */
+/* Adds the bias of a row to its scores, or to their y: -inf where it, or the mask, masks; returns
+   the largest. */
 INLINE real add_bias_row(Row row, real *y) {
     real highest = -INFINITY;
     if (row.mask) {
@@ -25,10 +25,12 @@ INLINE real add_bias_row(Row row, real *y) {
     return highest;
 }
 
-/* y of a row with its bias; returns the largest. */
-INLINE real biased_row(const real *x, real *y, Row row, Modulator m, int order) {
-    real highest = modulate_row(x, y, row, m, order);
-    return row.bias && !row.bias_before ? add_bias_row(row, y) : highest;
+/* y of a row with its bias; returns the largest. One function for all that call it, of all orders.
+ */
+static inline real biased_row(const real *x, real *y, Row row, Modulator m, int order) {
+    real highest;
+    BY_ORDER(order, highest = modulate_row(x, y, row, m, ORDER))
+    return row.bias_before ? highest : add_bias_row(row, y);
 }
 
 /* Exactly 0 where mask or bias mask, also next to NaN. */
@@ -45,10 +47,10 @@ RARE void clear_row(Row row, Modulator m, int order, const real *x, real *p) {
     hide_row(row, p);
 }
 
-/* Probabilities of a row; its statistics are the highest y and 1 / sum, or zeros if all is masked.
- */
-INLINE void forward_row(Row row, Modulator m, int order, const real *x, real *p, real *statistics) {
-    real highest = biased_row(x, p, row, m, order);
+/* From the y of a row, in p, to its probabilities; its statistics are the highest y and 1 / sum, or
+   zeros if all is masked. */
+INLINE void normalize_row(Row row, Modulator m, int order, real highest, const real *x, real *p,
+                          real *statistics) {
     if (highest == -INFINITY) highest = 0; /* all masked, or NaN, which `>` does not see */
     double sum = exponentiate_row(p, row.limit, highest);
     real inverse = sum == 0 ? 0 : (real)(1 / sum);
@@ -57,13 +59,9 @@ INLINE void forward_row(Row row, Modulator m, int order, const real *x, real *p,
     if (statistics) statistics[0] = highest, statistics[1] = inverse;
 }
 
-/* p of a row again, from its statistics. */
-INLINE void recompute_row(Row row, Modulator m, int order, const real *x, const real *statistics,
-                          real *p) {
-    biased_row(x, p, row, m, order);
-#pragma omp simd
-    for (int64_t j = 0; j < row.limit; j++)
-        p[j] = exponential(p[j] - statistics[0]) * statistics[1];
+/* Probabilities of a row without a bias. */
+INLINE void forward_row(Row row, Modulator m, int order, const real *x, real *p, real *statistics) {
+    normalize_row(row, m, order, modulate_row(x, p, row, m, order), x, p, statistics);
 }
 
 INLINE double dot(const real *a, const real *b, int64_t n) {
