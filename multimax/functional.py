@@ -145,9 +145,9 @@ def masked_log_softmax(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
     return logarithms.masked_fill(hidden, -torch.inf)
 
 
-def hidden_entries(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """bool, True for what is masked: by `mask`, or by a score of -inf (NaN is not hidden)."""
-    hidden = scores == -torch.inf
+def hidden_entries(scores: Tensor, mask: Tensor | None, floor: float = -torch.inf) -> Tensor:
+    """bool, True for what is masked: by `mask`, or by a score of at most `floor` (NaN is not)."""
+    hidden = scores <= floor
     return hidden if mask is None else hidden | ~mask
 
 
@@ -230,9 +230,10 @@ def modulated_softmax(
         mask: bool, broadcastable to `scores`, or None.
         bias: finite, broadcastable to `scores`, is added after the modulation; or None.
     """
-    hidden = hidden_entries(scores, mask)
+    has_modulator = coefficients.numel() > 2
+    hidden = hidden_entries(scores, mask, MASK_FLOOR if has_modulator else -torch.inf)
     modulated = affine(scores, coefficients[0], coefficients[1], hidden)
-    if coefficients.numel() > 2:
+    if has_modulator:
         modulated = modulate(modulated, *coefficients[2:].chunk(2))
     if bias is not None:
         modulated = modulated + bias.to(modulated.dtype)

@@ -199,21 +199,19 @@ def _describe(q, k, v, coefficients, bias, mask, seed, causal, dropout, scale, b
     """The attention for the kernels, but for what it writes; holds on to what is made here."""
     _check_shapes(q, k, v)
     c_library.check_order(coefficients)
-    folded = coefficients.clone(memory_format=torch.contiguous_format)
+    coefficients = coefficients.contiguous()
     if bias_before:  # the scores are scaled before it is added
-        q = q * scale
-    else:
-        folded[0] *= scale
+        q, scale = q * scale, 1.0
     arguments = c_library.Attention(
         batch=q.size(0), heads=q.size(1), key_heads=k.size(1), queries=q.size(2), keys=k.size(2),
         dim=q.size(3), value_dim=v.size(3),
         query=address(q, q.dtype), key=address(k, q.dtype), value=address(v, q.dtype),
         query_strides=_strides(q), key_strides=_strides(k), value_strides=_strides(v),
-        causal=causal, dropout=dropout, seed=0 if seed is None else int(seed),
+        causal=causal, dropout=dropout, score_scale=scale, seed=0 if seed is None else int(seed),
         threads=torch.get_num_threads(), order=order_of(coefficients),
-        coefficients=address(folded, q.dtype),
+        coefficients=address(coefficients, q.dtype),
     )  # fmt: skip
-    arguments.held = [q, folded]
+    arguments.held = [q, coefficients]
     if bias is not None:
         arguments.bias_before, bias = bias_before, _bias_for_kernel(bias, q, k)
         arguments.bias, arguments.bias_strides = address(bias, q.dtype), _broadcast(bias)

@@ -49,7 +49,7 @@ Attention: type[ctypes.Structure] = _structure(
     mask_strides=_STRIDES,
     causal=_INT64,
     seed=ctypes.c_uint64,
-    dropout=ctypes.c_double,
+    **dict.fromkeys(("dropout", "score_scale"), ctypes.c_double),
     **dict.fromkeys(("threads", "order"), _INT64),
     **dict.fromkeys(("coefficients", "sums", "bias"), _POINTER),
     bias_strides=_INT64 * 4,

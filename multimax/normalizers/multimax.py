@@ -9,7 +9,6 @@ from multimax.functional import (
     MASK_FLOOR,
     affine,
     check_mask,
-    hidden_entries,
     masked_softmax,
     modulate,
     modulate_derivative,
@@ -142,25 +141,11 @@ class MultiMax(ModulatedSoftMax):
         if not self.affine:
             return scores
         x = to_compute_precision(scores)
-        hidden = hidden_entries(x, None)
+        hidden = x <= MASK_FLOOR  # of what comes in: the scale could lift it
         # Of no dimension, as the scores may be.
         scale, shift = self.scale.squeeze(0).to(x.dtype), self.shift.squeeze(0).to(x.dtype)
         z = affine(x, scale, shift * self.score_scale, hidden)
         return z.masked_fill(hidden, -torch.inf)
-
-    def forward(
-        self,
-        scores: Tensor,
-        dim: int = -1,
-        mask: Tensor | None = None,
-        bias: Tensor | None = None,
-    ) -> Tensor:
-        if not self.affine:
-            return super().forward(scores, dim, mask, bias)
-        x = to_compute_precision(scores)
-        # The floor is for what comes in: the scale could lift it before it is modulated.
-        p = super().forward(x.masked_fill(x <= MASK_FLOOR, -torch.inf), dim, mask, bias)
-        return p.to(scores.dtype)
 
     def _modulator(self) -> tuple[Tensor, Tensor]:
         """`ts` and `ranges` in units of the scores as they come."""

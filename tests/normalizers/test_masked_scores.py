@@ -77,6 +77,8 @@ def test_a_fill_is_masked_whatever_the_learned_scale(scale, fill):
     for backend in BACKENDS:
         got = result(module, filled(scores, mask, fill), None, backend)
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    log_probabilities = module.log_probabilities(filled(scores, mask, fill))
+    torch.testing.assert_close(log_probabilities.exp(), expected[0], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,6 +141,58 @@ def test_attention_agrees_where_scores_pass_the_floor(backend):
     out = attention(query, key, value, module, scale=1.0, backend=backend)[0, 0, 0]
     expected = module(torch.tensor([1.0, 2.0], dtype=torch.float64))
     torch.testing.assert_close(out, torch.cat([expected, torch.zeros(1, dtype=torch.float64)]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("learned", [0.5, -0.5])
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+@pytest.mark.parametrize(
+    ("low", "added", "place"),
+    [(-15e3, None, "after"), (-15e3, 4e3, "after"), (-8e3, -7e3, "before")],
+)
+def test_attention_masks_what_comes_in_below_the_floor(
+    backend, order, learned, scale, low, added, place
+):
+    """That is the score, with a bias if it is added before: a learned scale could lift it."""
+    module = MultiMax(order, affine=True).double()
+    with torch.no_grad():
+        module.scale.fill_(learned)
+        module.ts[-2] = 0.7  # lifts what is far below
+    query = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    scores = torch.tensor([1.0, 2.0, low], dtype=torch.float64)
+    value = torch.eye(3, dtype=torch.float64)[None, None]
+    bias = None if added is None else torch.tensor([0.3, -0.2, added], dtype=torch.float64)
+    key = (scores / scale).reshape(1, 1, 3, 1).requires_grad_()
+    options = dict(scale=scale, bias=bias, bias_place=place, backend=backend)
+    out = attention(query, key, value, module, **options).flatten()
+    x, kept = scores[:2], 0.0 if bias is None else bias[:2]
+    y = module.modulate(x + kept) if place == "before" else module.modulate(x) + kept
+    torch.testing.assert_close(out[:2], torch.softmax(y, -1))
+    assert out[2] == 0
+    (gradient,) = torch.autograd.grad(out[0], key)
+    assert gradient[..., 2, :] == 0
+    assert (gradient[..., :2, :] != 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("scale", [0.5, -2.0])
+def test_a_filled_class_has_no_share_of_the_loss(scale, fill, backend):
+    module = MultiMax(affine=True).double()
+    with torch.no_grad():
+        module.scale.fill_(scale)
+        module.ts.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+    scores, target = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 4])
+    mask = (torch.arange(6) != 3).expand(4, 6)
+    x = filled(scores, mask, fill).requires_grad_()
+    with use_backend(backend):
+        loss = output_loss(module, x, target)
+    (gradient,) = torch.autograd.grad(loss, x)
+    y = module.modulate(scores).masked_fill(~mask, -math.inf)
+    torch.testing.assert_close(loss, cross_entropy(y, target))
+    assert (gradient[:, 3] == 0).all()
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

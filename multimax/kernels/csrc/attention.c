@@ -106,7 +106,7 @@ INLINE void backward_tile(Space *s, const Attention *a, Modulator m, int order, 
 }
 
 int attention_forward(const Attention *a) {
-    Modulator m = modulator(a->coefficients, (int)a->order);
+    Modulator m = modulator(a->coefficients, (int)a->order, (real)a->score_scale);
     int64_t tile = tile_rows(a), tiles = (a->queries + tile - 1) / tile;
     int failed = 0;
 #pragma omp parallel num_threads(a->threads)
@@ -173,7 +173,7 @@ static void add_share(Space *s, const Attention *a, int64_t b, int64_t key_head)
    are added up in a fixed order. So are heads that have the same rows of the bias: they take turns.
  */
 int attention_backward(const Attention *a) {
-    Modulator m = modulator(a->coefficients, (int)a->order);
+    Modulator m = modulator(a->coefficients, (int)a->order, (real)a->score_scale);
     int by_query = a->d_bias && !sums_queries(a);
     int64_t batch_turns = by_query && !a->d_bias_strides[0] ? a->batch : 1;
     int64_t head_turns = by_query && !a->d_bias_strides[1] ? a->key_heads : 1;

@@ -27,7 +27,7 @@ typedef struct {
     int64_t mask_strides[3];         /* batch, head, query */
     int64_t causal;                  /* query i sees keys up to i + keys - queries */
     uint64_t seed;
-    double dropout;
+    double dropout, score_scale; /* the latter makes scores of the products query key^T */
     int64_t threads, order;
     const real *coefficients;
     double *sums;              /* gradients of the coefficients, or NULL */

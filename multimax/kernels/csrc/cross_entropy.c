@@ -87,7 +87,7 @@ INLINE double cross_entropy_row(real *x, real *work, int64_t n, int64_t i, Modul
 int cross_entropy(int64_t count, int64_t columns, int64_t threads, int order,
                   const real *coefficients, real *x, const Target *target, real *losses,
                   double *sums) {
-    Modulator m = modulator(coefficients, order);
+    Modulator m = modulator(coefficients, order, 1);
     Sums *partial = sums ? calloc(count + 1, sizeof(Sums)) : NULL;
     int failed = sums && !partial;
 #pragma omp parallel num_threads(threads)

@@ -1,7 +1,9 @@
 /* The modulator: from scores to y and, in the backward pass, from dL/dy to dL/dscore.
 
-   y = sigma(z), z = scale x + shift,
+   y = sigma(z), z = scale score + shift, score = score_scale x,
    sigma(z) = z + t0 (r0 - z)+ + t1 (z - r1)+ + t2 (r2 - z)+^2 + t3 (z - r3)+^2
+
+   A score of at most MASK_FLOOR is masked if there is a sigma, and so is such a z.
 
    Coefficients: [scale, shift] for order 0, [scale, shift, t0, t1, r0, r1] for 1,
    [scale, shift, t0..t3, r0..r3] for 2. */
@@ -9,21 +11,25 @@
 #include "rows.h"
 
 #define MOST_COEFFICIENTS 10
-#define MASK_FLOOR ((real) - 9984) /* that of functional.py: such scores are masked */
+#define MASK_FLOOR ((real) - 9984) /* that of functional.py */
 
 typedef struct {
-    real scale, shift, t0, t1, t2, t3, r0, r1, r2, r3;
+    real scale, shift; /* of x: scale has the factor score_scale */
+    real t0, t1, t2, t3, r0, r1, r2, r3;
+    real score_scale;
+    int affine; /* scale and shift are not those of the identity */
 } Modulator;
 typedef struct {
     double values[MOST_COEFFICIENTS];
 } Sums;
 
-static Modulator modulator(const real *c, int order) {
-    if (order == 0) return (Modulator){.scale = c[0], .shift = c[1]};
-    if (order == 1)
-        return (Modulator){
-            .scale = c[0], .shift = c[1], .t0 = c[2], .t1 = c[3], .r0 = c[4], .r1 = c[5]};
-    return (Modulator){c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9]};
+static Modulator modulator(const real *c, int order, real score_scale) {
+    Modulator m = {c[0] * score_scale, c[1]};
+    m.score_scale = score_scale, m.affine = c[0] != 1 || c[1] != 0;
+    if (order == 1) m.t0 = c[2], m.t1 = c[3], m.r0 = c[4], m.r1 = c[5];
+    if (order == 2) m.t0 = c[2], m.t1 = c[3], m.t2 = c[4], m.t3 = c[5];
+    if (order == 2) m.r0 = c[6], m.r1 = c[7], m.r2 = c[8], m.r3 = c[9];
+    return m;
 }
 
 INLINE real positive(real x) { return x < 0 ? 0 : x; } /* NaN stays NaN */
@@ -39,14 +45,14 @@ INLINE real modulated(real x, Modulator m, int order) {
     return y;
 }
 
-/* modulate_row for a scale <= 0, which would make something else of the infinities. */
-INLINE real modulate_row_turned(const real *x, real *y, Row row, Modulator m, int order) {
+/* modulate_row for a scale and a shift, which can lift what is masked, and turn the infinities. */
+INLINE real modulate_row_affine(const real *x, real *y, Row row, Modulator m, int order) {
     real highest = -INFINITY;
 #pragma omp simd reduction(max : highest)
     for (int64_t j = 0; j < row.limit; j++) {
-        real value = modulated(x[j], m, order);
-        value = x[j] == INFINITY ? (real)NAN : value;
-        value = x[j] == -INFINITY || (row.mask && !row.mask[j]) ? -(real)INFINITY : value;
+        real score = m.score_scale * x[j], value = modulated(x[j], m, order);
+        value = score == INFINITY ? (real)NAN : value;
+        value = score <= MASK_FLOOR || (row.mask && !row.mask[j]) ? -(real)INFINITY : value;
         highest = value > highest ? value : highest;
         y[j] = value;
     }
@@ -55,7 +61,7 @@ INLINE real modulate_row_turned(const real *x, real *y, Row row, Modulator m, in
 
 /* y of a row, -inf where masked, also by its score; returns the largest. */
 INLINE real modulate_row(const real *x, real *y, Row row, Modulator m, int order) {
-    if (order >= 1 && m.scale <= 0) return modulate_row_turned(x, y, row, m, order);
+    if (order >= 1 && m.affine) return modulate_row_affine(x, y, row, m, order);
     real highest = -INFINITY;
     if (row.mask) {
 #pragma omp simd reduction(max : highest)
@@ -77,7 +83,9 @@ INLINE real modulate_row(const real *x, real *y, Row row, Modulator m, int order
 
 /* Whether a score is masked by itself: what modulate_row makes -inf of. */
 INLINE int hides(real x, Modulator m, int order) {
-    return x == -INFINITY || (x < INFINITY && modulated(x, m, order) == -INFINITY);
+    real score = m.score_scale * x;
+    return score <= (order >= 1 ? MASK_FLOOR : -(real)INFINITY) ||
+           (score < INFINITY && modulated(x, m, order) == -INFINITY);
 }
 
 /* exp(y - highest) in the place of y; returns the sum. */

@@ -6,7 +6,7 @@
 LAYOUT(Rows, threads)
 
 int softmax_forward(const Rows *rows, int order, const real *coefficients, const real *x, real *p) {
-    Modulator m = modulator(coefficients, order);
+    Modulator m = modulator(coefficients, order, 1);
     int64_t count = row_count(rows), size = rows_in_chunk(rows);
 #pragma omp parallel for schedule(static) num_threads(rows->threads)
     for (int64_t start = 0; start < count; start += size) {
@@ -62,7 +62,7 @@ INLINE void backward_chunk(const Rows *rows, Modulator m, int order, int64_t sta
 /* `sums` (2 + 4 order) gets the gradients of the coefficients, unless it is NULL. */
 int softmax_backward(const Rows *rows, int order, const real *coefficients, const real *x,
                      const real *p, const real *g, real *dx, double *sums) {
-    Modulator m = modulator(coefficients, order);
+    Modulator m = modulator(coefficients, order, 1);
     int64_t count = row_count(rows), size = rows_in_chunk(rows), chunks = (count + size - 1) / size;
     Sums *partial = sums ? calloc(chunks + 1, sizeof(Sums)) : NULL;
     if (sums && !partial) return 1;
