@@ -45,40 +45,38 @@ INLINE real modulated(real x, Modulator m, int order) {
     return y;
 }
 
-/* modulate_row for a scale and a shift, which can lift what is masked, and turn the infinities. */
-INLINE real modulate_row_affine(const real *x, real *y, Row row, Modulator m, int order) {
-    real highest = -INFINITY;
-#pragma omp simd reduction(max : highest)
-    for (int64_t j = 0; j < row.limit; j++) {
-        real score = m.score_scale * x[j], value = modulated(x[j], m, order);
-        value = score == INFINITY ? (real)NAN : value;
-        value = score <= MASK_FLOOR || (row.mask && !row.mask[j]) ? -(real)INFINITY : value;
-        highest = value > highest ? value : highest;
-        y[j] = value;
-    }
-    return highest;
+/* y of an entry. An affine map can lift what is masked, and turn the infinities. */
+INLINE real y_of(real x, Modulator m, int order, int affine) {
+    real score = m.score_scale * x, y = modulated(x, m, order);
+    if (affine) y = score == INFINITY ? (real)NAN : y;
+    if (affine) y = score <= MASK_FLOOR ? -(real)INFINITY : y;
+    return y;
 }
 
-/* y of a row, -inf where masked, also by its score; returns the largest. */
-INLINE real modulate_row(const real *x, real *y, Row row, Modulator m, int order) {
-    if (order >= 1 && m.affine) return modulate_row_affine(x, y, row, m, order);
+INLINE real modulate_row_as(const real *x, real *y, Row row, Modulator m, int order, int affine) {
     real highest = -INFINITY;
     if (row.mask) {
 #pragma omp simd reduction(max : highest)
         for (int64_t j = 0; j < row.limit; j++) {
-            real value = row.mask[j] ? modulated(x[j], m, order) : -(real)INFINITY;
+            real value = row.mask[j] ? y_of(x[j], m, order, affine) : -(real)INFINITY;
             highest = value > highest ? value : highest;
             y[j] = value;
         }
     } else {
 #pragma omp simd reduction(max : highest)
         for (int64_t j = 0; j < row.limit; j++) {
-            real value = modulated(x[j], m, order);
+            real value = y_of(x[j], m, order, affine);
             highest = value > highest ? value : highest;
             y[j] = value;
         }
     }
     return highest;
+}
+
+/* y of a row, -inf where masked, also by its score; returns the largest. */
+INLINE real modulate_row(const real *x, real *y, Row row, Modulator m, int order) {
+    if (order >= 1 && m.affine) return modulate_row_as(x, y, row, m, order, 1);
+    return modulate_row_as(x, y, row, m, order, 0);
 }
 
 /* Whether a score is masked by itself: what modulate_row makes -inf of. */
