@@ -47,6 +47,7 @@ __all__ = [
     "modulate",
     "modulate_derivative",
     "multimax",
+    "options_in_attention",
     "registered_normalizers",
     "softmax",
     "sparsemax",
@@ -93,15 +94,10 @@ def build_for_attention(options: Mapping[str, Any], num_heads: int, head_dim: in
         head_dim: of query and key.
 
     Raises:
-        ValueError: as there, the normalizer has scalars for another number of heads, or
-            "before_scale" is for one that has no modulator.
+        ValueError: as there, as `options_in_attention`, or the normalizer has scalars for another
+            number of heads.
     """
-    own = {name: value for name, value in options.items() if name != "before_scale"}
-    if options.get("before_scale"):
-        if own.get("name") != "multimax":
-            raise ValueError(f"before_scale is for multimax, not for {own.get('name')}")
-        own["score_scale"] = head_dim**-0.5
-    normalizer = build_preserving_rng(own)
+    normalizer = build_preserving_rng(options_in_attention(options, head_dim))
     heads = getattr(normalizer, "heads", None)
     if heads not in (None, 1, num_heads):
         raise ValueError(
@@ -109,3 +105,17 @@ def build_for_attention(options: Mapping[str, Any], num_heads: int, head_dim: in
             f"use heads={num_heads}, or None for scalars that the heads share"
         )
     return normalizer
+
+
+def options_in_attention(options: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    """The options of `build_normalizer` for those of `build_for_attention`.
+
+    Raises:
+        ValueError: "before_scale" is for a normalizer that has no modulator.
+    """
+    own = {name: value for name, value in options.items() if name != "before_scale"}
+    if options.get("before_scale"):
+        if own.get("name") != "multimax":
+            raise ValueError(f"before_scale is for multimax, not for {own.get('name')}")
+        own["score_scale"] = head_dim**-0.5
+    return own

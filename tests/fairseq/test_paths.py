@@ -6,10 +6,13 @@ import pytest
 import torch
 from conftest import MODELS, NORMALIZERS, batch, incremental, normalizers, perturb
 from fairseq.modules import AdaptiveSoftmax, MultiheadAttention
+from omegaconf import OmegaConf
 
 from multimax import build_normalizer
 from multimax.attention import attention
+from multimax.functional import modulate
 from multimax.integrations.fairseq.attention import normalize_attention
+from multimax.integrations.fairseq.convert import build_model, to_fairseq, to_multimax
 from multimax.integrations.fairseq.output import decoder_output, normalize_output
 from multimax.integrations.fairseq.specification import format_normalizer, parse_normalizer
 
@@ -170,6 +173,34 @@ def test_output_probabilities_are_those_of_the_normalizer(build, name, normalize
     torch.testing.assert_close(log_probs.exp(), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_before_scale_modulates_the_dot_products():
+    module = MultiheadAttention(32, 4, self_attention=True)
+    normalize_attention(module, parse_normalizer("multimax:before_scale=true"))
+    perturb(module).eval()
+    x = 3 * torch.randn(6, 2, 32)
+    _, weights = module(x, x, x, need_head_weights=True)
+    q, k = (p(x).view(6, 2, 4, 8).permute(2, 1, 0, 3) for p in (module.q_proj, module.k_proj))
+    modulated = modulate(q @ k.mT, module.normalizer.ts, module.normalizer.ranges)
+    torch.testing.assert_close(weights, torch.softmax(modulated / 8**0.5, -1), rtol=1e-4, atol=1e-6)
+    assert (weights - torch.softmax(q @ k.mT / 8**0.5, -1)).abs().max() > 0.01
+
+
+def test_conversion_keeps_before_scale_and_refuses_shared(build):
+    side = build("multimax_transformer_lm", *normalizers("multimax:before_scale=true", "softmax"))
+    model, tokens = perturb(side.model), batch(side.task)["net_input"]["src_tokens"]
+    settings = OmegaConf.to_container(side.model_config)
+    content = to_multimax({"cfg": {"model": settings}, "model": model.state_dict()})
+    torch.testing.assert_close(build_model(content)(tokens), model(tokens, features_only=True)[0])
+    again = to_multimax(to_fairseq(content))["options"]
+    assert again["attention"] == {"name": "multimax", "before_scale": True}
+    for name, value in content["model"].items():
+        if "normalizer" in name:
+            value.zero_()
+    content["options"]["attention"]["shared"] = True
+    with pytest.raises(ValueError, match=r"shared=true of attention: .* leave shared out"):
+        to_fairseq(content)
+
+
 @pytest.mark.parametrize(
     ("text", "options"),
     [
@@ -198,6 +229,9 @@ def test_malformed_specification(text):
         (normalizers("softmacks"), "unknown normalizer 'softmacks'"),
         (normalizers("topk:kay=3"), "has no option kay"),
         (normalizers("topk:k=0"), "k must be"),
+        (normalizers("multimax:shared=true"), "shared=true of encoder: .*; leave shared out"),
+        (normalizers("softmax", "multimax:before_scale=true"), "before_scale of output: .* leave"),
+        (normalizers("topk:before_scale=true"), "before_scale is for multimax, not for topk"),
         ([*MISMATCH, "--cross-attention-normalizer", "topk"], "leave --cross-attention-norm"),
     ],
 )

@@ -8,7 +8,7 @@ from fairseq.modules import MultiheadAttention
 from torch import Tensor
 
 from multimax.functional import masked_softmax, to_compute_precision
-from multimax.normalizers import Normalizer, build_normalizer
+from multimax.normalizers import Normalizer, build_normalizer, options_in_attention
 
 
 def normalize_attention(
@@ -18,7 +18,8 @@ def normalize_attention(
 
     Args:
         attention: the module.
-        normalizer: name and options. Plain SoftMax leaves the module as it is.
+        normalizer: name and options, also "before_scale" of `build_for_attention`. Plain SoftMax
+            leaves the module as it is.
         official_mismatch: plain SoftMax in incremental decoding, as in the official code.
 
     Raises:
@@ -29,7 +30,8 @@ def normalize_attention(
     if attention.use_xformers:
         raise ValueError("xFormers attention takes no normalizer: leave *_xformers_att_config out")
     attention.__class__ = NormalizedAttention
-    attention.normalizer = build_normalizer(**normalizer)
+    options = options_in_attention(normalizer, attention.head_dim)
+    attention.normalizer = build_normalizer(**options)
     attention.official_mismatch = official_mismatch
     # fairseq's switch for its own code instead of torch's fused attention, which has no hook.
     attention._set_skip_embed_dim_check()

@@ -20,7 +20,11 @@ from torch import nn
 
 from multimax.files import load_checkpoint, save_checkpoint
 from multimax.integrations.fairseq.safe_globals import SAFE_GLOBALS
-from multimax.integrations.fairseq.specification import format_normalizer, parse_normalizer
+from multimax.integrations.fairseq.specification import (
+    check_supported,
+    format_normalizer,
+    parse_normalizer,
+)
 from multimax.models.transformer import LanguageModel, TranslationModel
 
 CLASSES = {model.__name__: model for model in (LanguageModel, TranslationModel)}
@@ -118,7 +122,8 @@ def to_fairseq(content: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a checkpoint of the plug-in's models, from what `to_multimax` returns.
 
     Raises:
-        ValueError: the content is not of that form, or the weights do not fit the options.
+        ValueError: the content is not of that form, the weights do not fit the options, or the
+            plug-in lacks one of these.
     """
     build_model(content)
     defaults = {
@@ -126,6 +131,8 @@ def to_fairseq(content: Mapping[str, Any]) -> dict[str, Any]:
         for key, parameter in inspect.signature(CLASSES[content["class"]]).parameters.items()
     }
     options = defaults | content["options"]
+    for place in ("attention", *PLACES, "output"):
+        check_supported(place, options.get(place) or {})
     settings = {theirs: options[ours] for ours, theirs in NAMES.items()}
     for side in ("input", "output"):
         settings[f"decoder_{side}_dim"] = options["embed_dim"]

@@ -23,7 +23,11 @@ from torch import Tensor, nn
 from multimax.integrations.fairseq.attention import normalize_attention
 from multimax.integrations.fairseq.output import decoder_output, has_likelihood, normalize_output
 from multimax.integrations.fairseq.safe_globals import SAFE_GLOBALS
-from multimax.integrations.fairseq.specification import format_normalizer, parse_normalizer
+from multimax.integrations.fairseq.specification import (
+    check_supported,
+    format_normalizer,
+    parse_normalizer,
+)
 
 logger: logging.Logger = logging.getLogger(__name__)
 
@@ -102,8 +106,8 @@ def chosen_normalizers(args: Any) -> dict[str, dict[str, Any]]:
     """Name and options of the normalizer of each place: encoder, decoder, cross and output.
 
     Raises:
-        ValueError: a normalizer is not valid, or a cross-attention normalizer is chosen together
-            with the official mismatch.
+        ValueError: a normalizer is not valid or has an option that is not supported, or one of
+            cross-attention is chosen together with the official mismatch.
     """
     attention = safe_getattr(args, "attention_normalizer", "multimax")
     chosen = {
@@ -120,7 +124,11 @@ def chosen_normalizers(args: Any) -> dict[str, dict[str, Any]]:
         cross = "softmax"
     chosen["cross"] = cross or attention
     chosen["output"] = safe_getattr(args, "output_normalizer", "multimax")
-    return {place: parse_normalizer(text) for place, text in chosen.items()}
+    parsed = {place: parse_normalizer(text) for place, text in chosen.items()}
+    for place, options in parsed.items():
+        check_supported(place, options)
+        options.pop("shared", None)  # false
+    return parsed
 
 
 @register_model("multimax_transformer_lm", dataclass=MultiMaxLanguageModelConfig)

@@ -29,6 +29,21 @@ def parse_normalizer(text: str) -> dict[str, Any]:
     return options
 
 
+def check_supported(place: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an option of a normalizer that the plug-in does not have in a place."""
+    if options.get("shared"):
+        raise ValueError(
+            f"shared={_text(options['shared'])} of {place}: in fairseq each layer has its own "
+            "scalars; leave shared out, which keeps the values of every layer, or train with "
+            "train.py and attention.shared=true"
+        )
+    if place == "output" and "before_scale" in options:
+        raise ValueError(
+            "before_scale of output: only the scores of attention are scaled; leave it out, or "
+            "give it to --attention-normalizer"
+        )
+
+
 def format_normalizer(options: Mapping[str, Any]) -> str:
     """The text that `parse_normalizer` turns into `options`, without those that are None."""
     name, *rest = (options["name"], *(item for item in options.items() if item[0] != "name"))
