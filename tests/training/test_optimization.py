@@ -10,12 +10,13 @@ from multimax import MultiMax, SoftMax
 from multimax.models.vision import build_vision_transformer
 from multimax.options import validate
 from multimax.parameters import GradientClipping
-from multimax.training.config import OptimizerSection, read_config
+from multimax.training.config import read_config
 from multimax.training.optimization import (
     LearningRate,
     build_optimizer,
     normalizer_parameters,
 )
+from multimax.training.sections import OptimizerSection
 
 
 def paper_config():

@@ -6,8 +6,8 @@ from tiny import schedule
 from torch import nn
 
 from multimax.options import validate
-from multimax.training.config import OptimizerSection
 from multimax.training.optimization import LearningRate, build_optimizer
+from multimax.training.sections import OptimizerSection
 
 INVERSE_SQRT = {"name": "inverse_sqrt", "warmup": 40, "warmup_lr": 1e-7}
 RESTARTS = {

@@ -15,8 +15,9 @@ from multimax.files import load_checkpoint
 from multimax.options import validate
 from multimax.recording import NormalizerRecorder
 from multimax.tasks.base import Task
-from multimax.training.config import ScheduleSection, read_config
+from multimax.training.config import read_config
 from multimax.training.run import run
+from multimax.training.sections import ScheduleSection
 from multimax.training.trainer import InterruptedRunError, Trainer
 
 ROOT = Path(__file__).parents[2]
