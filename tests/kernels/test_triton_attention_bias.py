@@ -59,3 +59,23 @@ def test_a_bias_in_lower_precision_of_a_strided_view(place, shape, device):
     for actual, wanted in zip(found, expected, strict=True):
         assert torch.dist(actual.double(), wanted) < 1e-4 * wanted.norm()
     assert torch.dist(half.double(), of_bias) < 2e-3 * of_bias.norm()
+
+
+@pytest.mark.parametrize(("low", "added"), [(-15e3, 4e3), (-8e3, -7e3)])
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+def test_what_comes_in_below_the_floor_is_masked(low, added, scale, place, device):
+    """A learned scale and shift could lift it."""
+    module = build("multimax-2-affine").to(device)
+    with torch.no_grad():
+        module.scale.fill_(-0.5)
+        module.ts[-2] = 0.7
+    tensors = [tensor.to(device) for tensor in qkv(1, 1, 3, 4, dim=1, value_dim=1)]
+    tensors[0].fill_(1.0)
+    tensors[1][..., 3, :] = low / scale
+    bias = torch.tensor([0.3, -0.2, 0.1, added], dtype=torch.float64, device=device)
+    options = dict(bias=bias, bias_place=place, scale=scale)
+    found, expected = (
+        attended(tensors, module, backend=backend, **options) for backend in ("triton", "eager")
+    )
+    assert_equal(found, expected)
+    assert (found[2][..., 3, :] == 0).all()  # the gradient of its key
