@@ -3,8 +3,8 @@
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +134,18 @@ def fashion_mnist_subset(
         ValueError: an option is out of range.
     """
     augmentation = Augmentation(crop_padding, horizontal_flip, random_erasing)
-    with np.load(embedded_file("fashion_mnist_subset", "fashion_mnist_10k.npz")) as arrays:
+    file = embedded_file("fashion_mnist_subset", "fashion_mnist_10k.npz")
+    return replace(_embedded_subset(file, valid_size), augmentation=augmentation)
+
+
+@lru_cache(maxsize=1)  # the jobs of a sweep share it
+def _embedded_subset(file: Path, valid_size: int) -> TensorImageData:
+    with np.load(file) as arrays:
         splits = {
             split: (arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in _IDX_FILES
         }
     return _in_memory(
-        "fashion_mnist_subset", splits, FASHION_MNIST_CLASSES, valid_size, augmentation
+        "fashion_mnist_subset", splits, FASHION_MNIST_CLASSES, valid_size, Augmentation()
     )
 
 
