@@ -82,6 +82,16 @@ def targets(_seed):
 
 
 @pytest.fixture
+def few_inspected(monkeypatch):
+    """What a result says of normalizers is of two batches of images, or four sentences.
+
+    Of so many as usual it takes as long as the rest of a tiny run.
+    """
+    monkeypatch.setattr("multimax.tasks.image_classification.INSPECTED_IMAGES", 100)
+    monkeypatch.setattr("multimax.tasks.translation.INSPECTED_SENTENCES", 4)
+
+
+@pytest.fixture
 def full_disk(request):
     """No file can grow beyond 20 kB, or another number of bytes: the kernel refuses the write."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

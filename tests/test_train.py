@@ -1,5 +1,6 @@
 """`train.py` and `configs/` from the outside: every experiment, every pair of normalizers."""
 
+import functools
 import io
 import json
 import math
@@ -46,6 +47,9 @@ SCHEMA = {
     "inputs": dict, "origin": type(None), "notes": dict, "hardware": dict,
     "peak_memory_mib": dict, "finished": str,
 }  # fmt: skip
+
+
+pytestmark = pytest.mark.usefixtures("few_inspected")
 
 
 @pytest.fixture(autouse=True)
@@ -172,12 +176,28 @@ def test_experiments_differ_in_nothing_but_the_normalizers():
         assert all(config == configs[0] for config in configs)
 
 
+@functools.cache
+def with_group(group, name):
+    config = composed(*TINY, "trainer.updates=3", f"{group}={name}")
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def with_normalizers(attention, output):
+    """As composed with both: a group changes its own section alone."""
+    return with_group("attention", attention) | {"output": with_group("output", output)["output"]}
+
+
+def test_a_pair_of_normalizers_is_made_of_both():
+    groups = "attention=entmax", "output=evsoftmax"
+    config = composed(*TINY, "trainer.updates=3", *groups)
+    assert with_normalizers("entmax", "evsoftmax") == OmegaConf.to_container(config, resolve=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_every_pair_of_normalizers(tmp_path, attention, output):
-    config = composed(*TINY, "trainer.updates=3", f"attention={attention}", f"output={output}")
-    config = read_config(config)
+    config = read_config(with_normalizers(attention, output))
     accelerator = Accelerator(cpu=True)
     task = build_task(config, 0, 1, accelerator.device)
     before = {name: tensor.clone() for name, tensor in task.model.named_parameters()}

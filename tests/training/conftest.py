@@ -9,6 +9,11 @@ def _fresh_accelerator():
     AcceleratorState._reset_state()
 
 
+@pytest.fixture(autouse=True)
+def _all_inspect_few(few_inspected):
+    pass
+
+
 @pytest.fixture
 def compose_tiny(tmp_path):
     """Composes a configuration of seconds that writes to `tmp_path`."""

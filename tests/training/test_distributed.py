@@ -1,11 +1,14 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from tiny import (
     ROOT,
     assert_same,
@@ -36,7 +39,8 @@ OPTIONS = (
 )
 
 
-def start(folder):
+def launch(folder):
+    """Both processes, by torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.Popen(
         [*launcher, "train.py", *tiny_overrides(folder, *OPTIONS)],
@@ -45,10 +49,21 @@ def start(folder):
     )  # fmt: skip
 
 
-def finish(process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
+def finish(folder):
+    """Run both processes, without a launcher, to their end; what the main one said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    with ExitStack() as stack:
+        processes = []
+        for rank in "01":
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            output = folder.with_suffix(f".{rank}")
+            process = Forked(tiny_overrides(folder, *OPTIONS), output, **place, **ranks)
+            processes.append(stack.enter_context(process))
+        (code, said), other = (process.finish() for process in processes)
+    assert (code, other[0]) == (0, 0), said + other[1]
+    return said
 
 
 def worker(launcher, rank):
@@ -86,7 +101,7 @@ def assert_as_one_process(folder, one):
 
 def interrupt(folder):
     """Start the run and send a signal to one of its processes; the update that both stop after."""
-    process = start(folder)
+    process = launch(folder)
     wait_for_update(process, folder, 5)
     os.kill(worker(process.pid, rank=1), signal.SIGTERM)
     output, _ = process.communicate(timeout=300)
@@ -102,7 +117,7 @@ def interrupt(folder):
 def test_two_processes(tmp_path):
     """They give the numbers of one, stop at the same update, and resume exactly."""
     one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
-    output = finish(start(two))
+    output = finish(two)
     assert output.count("run       deit_multimax") == 1
     assert "2 x cpu" in output
     assert len(load_checkpoint(only(two, "last.pt"))["random_states"]) == 2
@@ -116,7 +131,7 @@ def test_two_processes(tmp_path):
     assert names[0] == names[1]
 
     stopped = interrupt(parts)
-    assert f"at update {stopped}" in finish(start(parts))
+    assert f"at update {stopped}" in finish(parts)
     assert_same(state(parts), state(two))
     assert history(parts) == history(two)
     assert outcome(parts) == outcome(two)

@@ -30,7 +30,7 @@ from multimax.training.trainer import Trainer
 
 VALUES = int(os.environ.get("FUZZ", "600"))
 RUNS = int(os.environ.get("FUZZ_RUNS", "15"))
-LINES = VALUES // 6
+LINES = VALUES // 10
 SEED = os.environ.get("FUZZ_SEED", "")
 WORDS = [
     "", "abc", "no", "off", "true", "null", "auto", "1", "1e-3", "../../x", "softmax", "entmax",
@@ -144,10 +144,10 @@ def test_every_value_is_taken_or_refused_by_name(experiment):
 def little_text(tmp_path, monkeypatch):
     """Settings for a text of a few lines; of the sentence pairs the first few of each split."""
     splits = ("train", "valid", "test")
-    pairs = {split: list(islice(LibreOfficeHelp()._columns(split), 100)) for split in splits}
+    pairs = {split: list(islice(LibreOfficeHelp()._columns(split), 40)) for split in splits}
     monkeypatch.setattr(LibreOfficeHelp, "_columns", lambda self, split: iter(pairs[split]))
     for split in splits:
-        lines = [f"{split} {i} is one of {i * i} numbers" for i in range(100)]
+        lines = [f"{split} {i} is one of {i * i} numbers" for i in range(40)]
         (tmp_path / f"{split}.txt").write_text("\n".join(lines))
     return {"root": str(tmp_path), "cache": str(tmp_path / "cache")}
 

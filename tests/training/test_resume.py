@@ -2,14 +2,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from forked import Forked
 from tiny import (
-    ROOT,
     assert_same,
     history,
     only,
@@ -27,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 # Eight updates an epoch; interrupted in the middle of the first and at its end.
 EPOCHS = (
+    "model.patch_size=14",
     "data.valid_size=6000",
     "trainer.batch_size=125",
     "trainer.epochs=2",
@@ -197,15 +196,11 @@ OPTIONS = ("trainer.updates=400", "trainer.evaluate_every=40", "model.dropout=0.
 
 
 def start(folder):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "train.py", *tiny_overrides(folder, *OPTIONS)],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    return Forked(tiny_overrides(folder, *OPTIONS), folder.with_suffix(".txt"))
 
 
 def send_at(process, folder, number, update):
-    """Send a signal as soon as the run has logged an update; what the process said."""
+    """Send a signal as soon as the run has logged an update; its exit code and what it said."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:
         files = list(folder.rglob("metrics.jsonl"))
@@ -213,31 +208,33 @@ def send_at(process, folder, number, update):
         if len(lines) > 1 and json.loads(lines[-2])["update"] >= update:
             break
         time.sleep(0.01)
-    process.send_signal(number)
-    return process.communicate(timeout=300)
+    os.kill(process.pid, number)
+    return process.finish()
 
 
 def test_terminated_and_killed_process(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_quietly(tiny_config(whole, *OPTIONS))
-    process = start(parts)
-    _, error = send_at(process, parts, signal.SIGTERM, 60)
-    assert process.returncode == 143, error
+    with start(whole) as process:
+        code, said = process.finish()
+    assert code == 0, said
+    with start(parts) as process:
+        code, said = send_at(process, parts, signal.SIGTERM, 60)
+    assert code == 143, said
     stopped = load_checkpoint(only(parts, "last.pt"))["position"]["update"]
     assert 60 <= stopped < 400
-    assert f"stopped by a signal after update {stopped}; the same command goes on" in error
+    assert f"stopped by a signal after update {stopped}; the same command goes on" in said
     assert not list(parts.rglob("result.json"))
 
-    process = start(parts)
-    output, error = send_at(process, parts, signal.SIGKILL, stopped + 80)
-    assert process.returncode == -signal.SIGKILL, error
+    with start(parts) as process:
+        code, said = send_at(process, parts, signal.SIGKILL, stopped + 80)
+    assert code == -signal.SIGKILL, said
     saved = load_checkpoint(only(parts, "last.pt"))["position"]["update"]
     assert stopped < saved < history_length(parts) < 400
 
-    process = start(parts)
-    output, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    assert f"resuming from {only(parts, 'last.pt')} at update {saved}" in output
+    with start(parts) as process:
+        code, said = process.finish()
+    assert code == 0, said
+    assert f"resuming from {only(parts, 'last.pt')} at update {saved}" in said
     assert_same_run(parts, whole)
 
 

@@ -2,32 +2,31 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from tiny import ROOT, outcome, run_quietly, tiny_config, tiny_overrides
+from forked import Forked
+from tiny import outcome, run_quietly, tiny_config, tiny_overrides
 
 from multimax.training.signals import StopSignal
 from multimax.training.trainer import InterruptedRunError, Trainer
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
-def test_every_wish_to_stop_saves_and_goes_on(tmp_path, monkeypatch, name):
+def test_every_wish_to_stop_saves_and_goes_on(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_quietly(tiny_config(whole))
+    run_quietly(tiny_config(whole, "trainer.updates=5"))
     real = Trainer._update
+    for update, name in enumerate(("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"), 1):
 
-    def signalled(self, group):
-        os.kill(os.getpid(), getattr(signal, name))
-        return real(self, group)
+        def signalled(self, group, name=name):
+            os.kill(os.getpid(), getattr(signal, name))
+            return real(self, group)
 
-    with monkeypatch.context() as context:
-        context.setattr(Trainer, "_update", signalled)
-        with pytest.raises(InterruptedRunError, match=r"after update 1$"):
-            run_quietly(tiny_config(parts))
-    run_quietly(tiny_config(parts))
+        with monkeypatch.context() as context:
+            context.setattr(Trainer, "_update", signalled)
+            with pytest.raises(InterruptedRunError, match=rf"after update {update}$"):
+                run_quietly(tiny_config(parts, "trainer.updates=5"))
+    run_quietly(tiny_config(parts, "trainer.updates=5"))
     assert outcome(parts) == outcome(whole)
 
 
@@ -74,21 +73,15 @@ def test_a_signal_to_the_whole_group_leaves_the_workers_alone(tmp_path):
     )  # fmt: skip
     dropped = ("data.crop_padding", "data.horizontal_flip")
     command = [o for o in options if not o.startswith(dropped)]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *command],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("metrics.jsonl")) or not any(
-        path.read_text() for path in tmp_path.rglob("metrics.jsonl")
-    ):
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, said
+    with Forked(command, tmp_path / "said.txt") as process:
+        deadline = time.monotonic() + 120
+        while not any(path.stat().st_size for path in tmp_path.rglob("metrics.jsonl")):
+            assert process.poll() is None, process.output.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        code, said = process.finish()
+    assert code == 143, said
     assert "the same command goes on from there" in said
     assert "Traceback" not in said
     assert list(tmp_path.rglob("last.pt"))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from functools import cache
+from importlib import import_module
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -131,23 +132,12 @@ def test_a_study_begins_with_its_title_and_command(name):
     assert study(name).name == name
 
 
-def sweep(folder, *arguments, **environment):
-    """The exit code and all that was printed."""
-    done = subprocess.run(
-        [sys.executable, "train.py", "-m", *SMALL, f"output_dir={folder}", *arguments],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | environment,
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "workstation"])
 def test_only_what_is_missing_is_run(train, tmp_path, launcher):
     def sweep(*arguments):
         code, *said = train("-m", *SMALL, f"output_dir={tmp_path}", "study=table2", "seed=0",
-                            f"hydra/launcher={launcher}", *arguments)  # fmt: skip
-        if launcher == "workstation":
-            get_reusable_executor().shutdown(wait=True)  # the workers, which wait for more
+                            *arguments)  # fmt: skip
         return code, "".join(said)
 
     code, said = sweep("cells=softmax")
@@ -155,7 +145,10 @@ def test_only_what_is_missing_is_run(train, tmp_path, launcher):
     result = json.loads(next(tmp_path.glob("small/deit/*/result.json")).read_text())
     assert result["config"]["group"] == "table2"
     assert result["config"]["tags"] == ["table2", "softmax", "debug"]
-    code, said = sweep("cells=softmax,topk-both", "optimizer.lr=1e-3,1e30")
+    launched = f"hydra/launcher={launcher}"
+    code, said = sweep("cells=softmax,topk-both", "optimizer.lr=1e-3,1e30", launched)
+    if launcher == "workstation":
+        get_reusable_executor().shutdown(wait=True)  # the workers, which wait for more
     assert code == 1
     (counts,) = re.findall("sweep of 4 jobs: (.*)", said)
     assert set(counts.split(", ")) == {"1 finished before", "1 finished", "2 failed"}, said
@@ -191,7 +184,7 @@ printf 'JobID|State|NodeList\\n7_0|RUNNING|node\\n7_1|RUNNING|node\\n'
 
 
 @pytest.mark.slow
-def test_jobs_of_slurm(tmp_path):
+def test_jobs_of_slurm(train, tmp_path, monkeypatch):
     programs = tmp_path / "bin"
     programs.mkdir()
     said = tmp_path / "script"
@@ -200,11 +193,12 @@ def test_jobs_of_slurm(tmp_path):
     for name, text in texts.items():
         (programs / name).write_text(text)
         (programs / name).chmod(stat.S_IRWXU)
-    code, printed = sweep(
-        tmp_path, "study=table2", "cells=softmax", "seed=0,1", "hydra/launcher=slurm",
-        "hydra.launcher.partition=gpu",
-        PATH=f"{programs}{os.pathsep}{os.environ['PATH']}",
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    code, *printed = train(
+        "-m", *SMALL, f"output_dir={tmp_path}", "study=table2", "cells=softmax", "seed=0,1",
+        "hydra/launcher=slurm", "hydra.launcher.partition=gpu",
     )  # fmt: skip
+    printed = "".join(printed)
     assert (code, "sweep of 2 jobs: 2 finished\n" in printed) == (0, True), printed
     script = said.read_text()
     for wish in ("partition=gpu", "gpus-per-node=1", "time=1440", "mem=64GB", "job-name=multimax"):
@@ -220,21 +214,25 @@ def test_slurm_where_there_is_none(train, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_script_of_a_table_runs_it_and_draws_it(tmp_path):
-    repository = tmp_path / "copy"
-    repository.mkdir()
-    for name in ("configs", "experiments", "hydra_plugins", "multimax", "scripts", "train.py"):
-        (repository / name).symlink_to(ROOT / name)
-    parts = ["cells=softmax", "seed=0", "trainer.updates=2", "schedule.warmup=0",
-             "decoding.beam=1", "decoding.max_len_a=0", "decoding.max_len_b=1",
-             "model.embed_dim=16", "model.ffn_dim=16", "model.num_heads=2",
-             "model.encoder_depth=1", "model.decoder_depth=1"]  # fmt: skip
-    done = subprocess.run(
-        ["scripts/table4.sh", *parts, "logger.wandb=disabled", f"output_dir={tmp_path}/out"],
-        cwd=repository, capture_output=True, text=True,
-        env=os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+def test_the_script_of_a_table_runs_it_and_draws_it(train, tmp_path, monkeypatch):
+    """Its commands, which a PYTHON that only writes them down is given, are then run here."""
+    python, written = tmp_path / "python", tmp_path / "commands"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" "" >> {written}\n')
+    python.chmod(stat.S_IRWXU)
+    parts = ["cells=average-1", "seed=0", *SMALL[1:], "trainer.updates=2", "schedule.warmup=0",
+             "logger.wandb=disabled"]  # fmt: skip
+    subprocess.run(
+        [ROOT / "scripts" / "table1.sh", *parts, f"output_dir={tmp_path}/out"],
+        check=True, env=os.environ | {"PYTHON": str(python)},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "sweep of 1 jobs: 1 finished" in done.stdout
-    table = (repository / "results" / "tables" / "table4_small.md").read_text()
-    assert re.search(r"\| SoftMax \| SoftMax \| \d+\.\d+ \|  \| 1 \| 1,351 \|", table)
+    first, *others = (text.split("\n") for text in written.read_text().strip().split("\n\n"))
+    assert first[0] == "train.py"
+    code, said, _ = train(*first[1:])
+    assert (code, "sweep of 1 jobs: 1 finished" in said) == (0, True), said
+    monkeypatch.chdir(tmp_path)
+    for option, module, *arguments in others:
+        assert option == "-m"
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        import_module(module).main()
+    table = (tmp_path / "results" / "tables" / "table1_small.md").read_text()
+    assert re.search(r"\| average \| 1 \| \d+\.\d+ \|  \| 1 \| 2,000 \|", table)

@@ -3,38 +3,43 @@
 import json
 import os
 import signal
-import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
-from tiny import PLAIN, ROOT, only, run_quietly
+from forked import Forked
+from tiny import PLAIN, only, run_quietly
 
 from multimax.training.sweep import Job, summary
 
 SOFTMAX = ["experiment=deit_softmax", *PLAIN, "trainer.updates=2"]
-# W&B without its service: what it is told, a line each.
-FAKE_WANDB = """
-import pathlib, types
-said = pathlib.Path({said!r})
-open_run = None
-class Settings:
-    def __init__(self, **_): pass
-class Run:
-    def __init__(self, id): self.id, self.summary = id, {{}}
-    def define_metric(self, *_, **__): pass
-    def log(self, metrics):
-        with said.open("a") as stream: print("log", self.id, file=stream)
-    def finish(self, exit_code=0):
-        global open_run
-        open_run = None
-        with said.open("a") as stream: print("finish", self.id, exit_code, file=stream)
-def login(**_): return True
-def init(id, **_):
-    global open_run
-    open_run = open_run or Run(id)  # as W&B does: a run that is open takes in the next one
-    with said.open("a") as stream: print("init", id, open_run.id, file=stream)
-    return open_run
-"""
+
+
+class FakeWandb:
+    """W&B without its service: what it is told, one list for each call."""
+
+    class Settings:
+        def __init__(self, **_): ...
+
+    def __init__(self):
+        self.told, self.open_run = [], None
+
+    def login(self, **_):
+        return True
+
+    def init(self, id, **_):
+        # As W&B does: a run that is open takes in the next one.
+        self.open_run = self.open_run or SimpleNamespace(
+            id=id, summary={}, define_metric=lambda *_, **__: None, finish=self._finish,
+            log=lambda _: self.told.append(["log", id]),
+        )  # fmt: skip
+        self.told.append(["init", id, self.open_run.id])
+        return self.open_run
+
+    def _finish(self, exit_code=0):
+        self.told.append(["finish", self.open_run.id, exit_code])
+        self.open_run = None
 
 
 def recorded(folder):
@@ -77,47 +82,35 @@ def test_a_job_that_fails_ends_no_other(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failed_job_closes_its_wandb_run(tmp_path):
-    told = tmp_path / "told.txt"
-    (tmp_path / "wandb.py").write_text(FAKE_WANDB.format(said=str(told)))
-    done = subprocess.run(
-        [sys.executable, "train.py", "-m", *SOFTMAX, f"output_dir={tmp_path}",
-         "optimizer.lr=1e30,2e-3", "trainer.updates=3", "logger.wandb=online"],
-        cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
-    )  # fmt: skip
-    assert done.returncode == 1
+def test_a_failed_job_closes_its_wandb_run(train, tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    code, *_ = train("-m", *SOFTMAX, f"output_dir={tmp_path}", "optimizer.lr=1e30,2e-3",
+                     "trainer.updates=3", "logger.wandb=online")  # fmt: skip
+    assert code == 1
     assert [job.state for job in recorded(tmp_path)] == ["failed", "finished"]
-    calls = [line.split() for line in told.read_text().splitlines()]
-    first, second = (call[1] for call in calls if call[0] == "init")
+    first, second = (call[1] for call in wandb.told if call[0] == "init")
     assert first != second
-    assert all(call[1] == call[2] for call in calls if call[0] == "init")
-    assert [call for call in calls if call[0] == "finish"] == [
-        ["finish", first, "1"], ["finish", second, "0"],
+    assert all(call[1] == call[2] for call in wandb.told if call[0] == "init")
+    assert [call for call in wandb.told if call[0] == "finish"] == [
+        ["finish", first, 1], ["finish", second, 0],
     ]  # fmt: skip
-    assert {call[1] for call in calls if call[0] == "log"} == {first, second}
+    assert {call[1] for call in wandb.told if call[0] == "log"} == {first, second}
 
 
 @pytest.mark.slow
 def test_a_signal_ends_the_sweep_with_its_summary(tmp_path):
     """SIGTERM to a sweep stops the job after its update; later jobs are not begun."""
-    process = subprocess.Popen(
-        [sys.executable, "train.py", "-m", *SOFTMAX, f"output_dir={tmp_path}", "seed=0,1",
-         "trainer.updates=100000", "trainer.evaluate_every=100000"],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        for line in process.stdout:
-            if line.startswith("results"):
-                break
+    options = *SOFTMAX, "seed=0,1", "trainer.updates=100000", "trainer.evaluate_every=100000"
+    sweep = ["-m", *options, f"output_dir={tmp_path}"]
+    with Forked(sweep, tmp_path / "said.txt") as process:
         while not any(path.stat().st_size for path in tmp_path.rglob("metrics.jsonl")):
-            assert process.poll() is None
-        process.send_signal(signal.SIGTERM)
-        said, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 143
-    assert "goes on from there" in errors
+            assert process.poll() is None, process.output.read_text()
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGTERM)
+        code, said = process.finish()
+    assert code == 143
+    assert "goes on from there" in said
     assert "sweep of 1 jobs: 1 interrupted\n" in said
     assert only(tmp_path, "last.pt").parent.name.endswith("-seed0")
 

@@ -1,6 +1,8 @@
 """Small configurations, and a task of a few numbers, for the tests of training."""
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,8 +48,15 @@ def tiny_overrides(folder, *overrides):
 
 
 def tiny_config(folder, *overrides):
+    config = copy.deepcopy(_composed(*tiny_overrides("", *overrides)))
+    config.output_dir = str(folder)
+    return config
+
+
+@cache
+def _composed(*overrides):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose("config", overrides=tiny_overrides(folder, *overrides))
+        return compose("config", overrides=list(overrides))
 
 
 def run_quietly(config):
