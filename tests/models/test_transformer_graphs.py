@@ -1,10 +1,9 @@
-"""The Transformers as one graph: torch.export, and torch.compile with fullgraph=True."""
+"""The Transformers as one graph: torch.compile with fullgraph=True."""
 
 import pytest
 import torch
 from tiny_transformers import MULTIMAX, PAD, SOURCE_WORDS, draw, language_model, translation_model
 from torch import nn
-from torch.export import Dim
 
 ADAPTIVE = dict(adaptive_cutoffs=[10, 20], adaptive_factor=2)
 SPARSE = ({"name": "entmax", "alpha": 1.3}, {"name": "sparsemax"})
@@ -37,23 +36,6 @@ MODELS = {
     ),
 }
 each_model = pytest.mark.parametrize("name", MODELS)
-
-
-@each_model
-def test_export(name):
-    model, tokens = MODELS[name]()
-    module = Probabilities(model)
-    program = torch.export.export(module, tokens)
-    assert not any("multimax" in str(node.target) for node in program.graph.nodes)
-    torch.testing.assert_close(program.module()(*tokens), module(*tokens))
-
-
-def test_export_for_any_length():
-    module, tokens = Probabilities(language_model(MULTIMAX, MULTIMAX)), padded()
-    shapes = {"tokens": ((Dim("rows", min=2), Dim("length", min=2, max=512)),)}
-    program = torch.export.export(module, (tokens,), dynamic_shapes=shapes)
-    longer = padded(length=200)[:2]
-    torch.testing.assert_close(program.module()(longer), module(longer))
 
 
 @each_model

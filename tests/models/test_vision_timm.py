@@ -1,4 +1,4 @@
-"""What timm and torch do with a model beside running it: pickle, devices, dtypes, fx, export."""
+"""What timm and torch do with a model beside running it: pickle, devices, dtypes, fx, tracing."""
 
 import copy
 import io
@@ -111,12 +111,3 @@ def test_an_additive_mask_in_a_graph():
     mask = torch.zeros(5, 5).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, attn_mask=mask), layer(x, is_causal=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["multimax", "sparsemax", "entmax15", "entmax"])
-def test_an_exported_model(name):
-    ours = model({"name": name})
-    program = torch.export.export(ours, (IMAGES,))
-    assert not any("multimax" in str(node.target) for node in program.graph.nodes)
-    torch.testing.assert_close(program.module()(IMAGES), ours(IMAGES), rtol=1e-4, atol=1e-5)
