@@ -132,8 +132,14 @@ def test_no_score_matrix_is_kept_or_made(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["multimax-2", "entmax-learned"])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.bfloat16, "multimax-2"),
+        (torch.float16, "multimax-2"),
+        (torch.bfloat16, "entmax-learned"),
+    ],
+)
 def test_half_precision_sums_in_fp32(dtype, name):
     """Sums over 4,096 rows in chunks of 3 would lose their digits in half precision."""
     features, weight = torch.randn(4096, 8, dtype=dtype), torch.randn(50, 8, dtype=dtype)

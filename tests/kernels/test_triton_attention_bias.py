@@ -24,13 +24,15 @@ def grouped_heads(device):
 
 
 @pytest.mark.parametrize(
-    ("shape", "name", "causal"),
+    ("shape", "name", "causal", "place"),
     [
-        (SHAPE, "multimax-2", False),
-        ((2, 17, 18), "multimax-1-affine", True),
-        ((2, 1, 1, 18), "softmax-learned", False),
-        ((2, 17, 1), "multimax-2-affine", True),
-        ((), "multimax-2", False),
+        (SHAPE, "multimax-2", False, "after"),
+        (SHAPE, "multimax-2", False, "before"),
+        ((2, 17, 18), "multimax-1-affine", True, "before"),
+        ((2, 1, 1, 18), "softmax-learned", False, "after"),
+        ((2, 1, 1, 18), "multimax-2-affine", False, "before"),
+        ((2, 17, 1), "multimax-2-affine", True, "after"),
+        ((), "multimax-2", False, "after"),
     ],
     ids=str,
 )

@@ -52,12 +52,11 @@ def gradients_of(function, inputs, parameters=()):
     return result.detach(), *torch.autograd.grad(result, wanted, upstream)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("masked", [False, True])
-def test_nan_and_inf_in_attention_are_where_the_definition_has_them(fusible, value, masked, device):
+def test_nan_and_inf_in_attention_are_where_the_definition_has_them(fusible, masked, device):
     shape = (1, 2, 19, 8)  # two tiles
     query, key, content = (torch.rand(shape, dtype=torch.float64) + 0.1 for _ in range(3))
-    query[0, 1, 3, 0] = value
+    query[0, 1, 3, 0], query[0, 1, 7, 0] = math.nan, math.inf
     mask = torch.rand(1, 1, 19, 19) < 0.7 if masked else None
     inputs = [tensor.to(device) for tensor in (query, key, content)]
     mask = mask if mask is None else mask.to(device)
@@ -65,7 +64,7 @@ def test_nan_and_inf_in_attention_are_where_the_definition_has_them(fusible, val
         gradients_of(partial(attention, normalizer=fusible, mask=mask, backend=name), inputs)
         for name in ("triton", "eager")
     )
-    assert out[0][0, 1, 3].isnan().all()
+    assert out[0][0, 1, [3, 7]].isnan().all()
     assert not out[0][0, 0].isnan().any()
     # Masked keys of a row of NaN get 0 times NaN, or nothing, in the products of matrices.
     for actual, wanted in zip(out[:2], expected[:2], strict=True):
