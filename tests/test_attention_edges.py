@@ -139,6 +139,7 @@ def test_views_with_the_negative_bit(normalizer, backend):
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("module", [SoftMax, MultiMax, SparseMax])

@@ -49,6 +49,7 @@ def test_normalizer_is_the_same_in_attention_and_output(name):
         assert files[0].read_text() == files[1].read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiment_begins_with_its_title_and_command(experiment):
     lines = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()

@@ -115,6 +115,7 @@ def test_module_can_be_run(document, module):
         assert (Path(spec.submodule_search_locations[0]) / "__main__.py").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("document", "arguments"), found(TRAINING))
 def test_training_command_composes(document, arguments):
     settings = [word for word in shlex.split(arguments) if "=" in word and "(" not in word]

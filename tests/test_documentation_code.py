@@ -16,6 +16,7 @@ def test_documents_have_code():
     assert {"README.md", "index.md", "drop-in.md", "torch.md"} <= {path.name for path in WITH_CODE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", WITH_CODE, ids=lambda path: path.name)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_code_of_a_document_runs(document, capsys, monkeypatch, tmp_path):

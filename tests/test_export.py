@@ -44,12 +44,14 @@ def test_every_registered_model_is_a_subject():
     assert {name.partition("-")[0] for name in MODELS} == set(REGISTERED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_an_exported_program_for_all_sizes(name):
     assert_agrees(exported(name), name)
 
 
 # Of a normalizer alone it is the tracer of torch.compile, which each of them passes in other tests.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["multimax", "attention", "step"])
 def test_strict_export(name):
     assert_agrees(export(name, strict=True), name)
@@ -65,6 +67,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_saved_program_runs_without_the_package(tmp_path):
     paths = []
     for name in ("multimax-affine", "sparsemax", "entmax", "step"):

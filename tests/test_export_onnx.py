@@ -50,6 +50,7 @@ quietly = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::Futu
 
 
 # Models with more layers hold nothing else, and take long.
+@pytest.mark.slow
 @quietly
 @pytest.mark.parametrize("name", [*SUBJECTS, "step"])
 def test_equal_in_onnxruntime(name):

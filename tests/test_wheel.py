@@ -106,6 +106,7 @@ def library_files():
     return {name for name in names if "/embedded/" not in name} | {"multimax/py.typed"}
 
 
+@pytest.mark.slow
 def test_a_wheel_is_the_library_without_data_and_experiments(pure):
     assert pure.name == f"multimax-{multimax.__version__}-py3-none-any.whl"
     assert pure.stat().st_size < 0.5 * MEGABYTE
@@ -116,6 +117,7 @@ def test_a_wheel_is_the_library_without_data_and_experiments(pure):
     assert b"multimax = multimax.__main__:main" in zipfile.ZipFile(pure).read(scripts)
 
 
+@pytest.mark.slow
 def test_a_source_distribution_is_the_same_and_can_be_built(tree):
     archive = build(tree, "sdist")
     with tarfile.open(archive) as members:
@@ -180,6 +182,7 @@ def test_a_wheel_with_kernels_computes_where_there_is_no_compiler(tree, tmp_path
     assert not [name for name in pure.namelist() if name.endswith(".so")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "problem"),
     [

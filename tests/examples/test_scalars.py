@@ -54,6 +54,7 @@ def test_only_the_scalars_are_trained():
             torch.testing.assert_close(model(rows), expected(rows), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_of_the_table():
     rows = compare(Tiny(), updates=3, seeds=range(2))
     assert [row.normalizer for row in rows] == [None, *NORMALIZERS]

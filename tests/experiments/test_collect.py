@@ -43,6 +43,7 @@ def test_collect_says_what_is_wrong(tmp_path, monkeypatch, content, said):
         command(results, monkeypatch, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -68,6 +69,7 @@ def test_a_table_without_runs_is_not_written(tmp_path, monkeypatch, capsys, argu
     assert not (tmp_path / "results" / "tables").exists()
 
 
+@pytest.mark.slow
 def test_tables_with_runs_are_written_beside_those_without(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / results.RUNS, result(), "run.json")
@@ -83,6 +85,7 @@ def test_tables_with_runs_are_written_beside_those_without(tmp_path, monkeypatch
         command(tables, monkeypatch, "table1", "nonsense=3")
 
 
+@pytest.mark.slow
 def test_a_length_in_a_table_needs_no_null(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = ("trainer.updates=20", "trainer.epochs=null")

@@ -128,6 +128,7 @@ def at_same_sparsity(family, index, curve, once):
     return m - np.interp(s, curve_s, curve_m)
 
 
+@pytest.mark.slow
 def test_the_difference_of_the_learned_scalars(families, found):
     once = np.ones((1, 60))
     row = comparison(found, "learned", "SoftMax")

@@ -71,6 +71,7 @@ def test_a_row_has_its_seeds_their_mean_and_its_interval():
     assert "difference to SoftMax | SoftMax (higher is better)" in figure.axes[0].get_xlabel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gain", "lower", "color"),
     [(1.0, False, tables.BETTER), (-1.0, False, tables.WORSE), (-1.0, True, tables.BETTER)],
@@ -106,6 +107,7 @@ def test_the_interval_of_two_seeds_may_go_beyond_the_picture_and_says_so():
     assert [arrow for arrow in arrows if arrow[0] in ("<", ">")] == [("<", 0), (">", 1)]
 
 
+@pytest.mark.slow
 def test_only_what_can_be_compared_is_drawn(tmp_path):
     assert tables.save(cells_with(deit_softmax=[80.0, 81.0]), tmp_path) is None
     assert tables.save(cells_with(deit_multimax=[80.0, 81.0]), tmp_path) is None

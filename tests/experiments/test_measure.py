@@ -37,6 +37,7 @@ def first_block(task):
         return query @ key.transpose(-1, -2) / 8**0.5, attention.normalizer
 
 
+@pytest.mark.slow
 def test_sampled_rows_are_those_of_their_example_and_head(deit, measured):
     scores, _ = first_block(load_task(deit)[1])
     layer = measured.layers["blocks.0.attn.normalizer"]
@@ -86,6 +87,7 @@ def test_layers_draw_rows_of_their_own(measured):
     assert 0.4 < (first.heads == second.heads).mean() < 0.6
 
 
+@pytest.mark.slow
 def test_exact_zeros_are_counted(tmp_path):
     scores = measure(train(tmp_path, [*DEIT, "attention=topk", "attention.k=3"]))
     for layer in scores.layers.values():
@@ -115,6 +117,7 @@ def test_a_language_model_counts_each_token_once(tmp_path):
         assert (row[count:] == -np.inf).all()
 
 
+@pytest.mark.slow
 def test_translations_have_three_kinds_of_attention(few_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "MOST_SCORES", 20_000)
     folder = train(tmp_path, [*MT, f"data.cache={tmp_path}"])
@@ -135,6 +138,7 @@ def test_translations_have_three_kinds_of_attention(few_pairs, tmp_path, monkeyp
     assert len(encoder.examples) == len(pairs)
 
 
+@pytest.mark.slow
 def test_as_many_examples_as_fit(monkeypatch, deit):
     monkeypatch.setattr(command, "MOST_SCORES", 100 * 2 * 16 + 31)
     assert [len(layer.examples) for layer in measure(deit).layers.values()] == [100, 100]
@@ -147,6 +151,7 @@ def typed(monkeypatch, *arguments):
     command.main()
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_same_file_each_time(deit, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     typed(monkeypatch, deit)

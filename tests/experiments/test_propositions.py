@@ -87,6 +87,7 @@ def test_the_counterexample_gains():
     assert region(x, b, d, [1 + (1 - t_d) * (10 - d) / b], [t_d])[0][0].both == 1
 
 
+@pytest.mark.slow
 @given(scores, st.floats(1, 9), st.floats(0, 1), st.floats(-20, 20), st.floats(-20, 20))
 def test_who_loses_mass(row, t_b, t_d, b, d):
     x = rows(row)

@@ -56,6 +56,7 @@ def text(tmp_path_factory):
     return page(results, "small", [claimed()], drawn(tmp_path_factory.mktemp("f"), results))
 
 
+@pytest.mark.slow
 def test_the_page_is_well_formed_and_needs_nothing_else(text):
     found = Page(text)
     assert found.faults == []
@@ -99,6 +100,7 @@ def test_a_table_is_that_of_the_markdown(text):
     ]
 
 
+@pytest.mark.slow
 def test_the_same_results_are_the_same_bytes(text, tmp_path):
     results = some_results()
     assert page(results, "small", [claimed()], drawn(tmp_path, results)) == text
@@ -124,6 +126,7 @@ def test_where_the_numbers_are_from(text):
     assert mixed["device"] == "unknown"
 
 
+@pytest.mark.slow
 def test_what_looks_like_html_is_shown_as_it_is(tmp_path):
     study = small_study(title="a <b> & 'c'")
     cell = study.cells["softmax"].model_copy(
@@ -148,6 +151,7 @@ def test_without_runs_and_figures_it_says_what_to_run(tmp_path):
     assert found.images == []
 
 
+@pytest.mark.slow
 def test_runs_of_no_study_have_their_curves_too():
     other = with_curve(result(overrides=("optimizer.lr=2e-3",)), [50, 60])
     found = Page(page({Path("runs/x-seed0.json"): other}, "small", [claimed()], Path("none")))

@@ -93,6 +93,7 @@ def test_table_has_means_spread_and_paired_differences_and_empty_cells(tmp_path)
     assert table.remarks[2].endswith("beats SoftMax: not run.")
 
 
+@pytest.mark.slow
 def test_a_star_is_for_what_holm_leaves(tmp_path):
     """p of the rows: 0.0033 (all seeds), 0.03 and 0.03; Holm leaves the first alone."""
     seeds = range(5)
@@ -108,6 +109,7 @@ def test_a_star_is_for_what_holm_leaves(tmp_path):
     assert rows["evsoftmax-attention"]["difference"] == "+1.00"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gains", "verdict"),
     [
@@ -123,6 +125,7 @@ def test_claims_get_a_verdict(tmp_path, gains, verdict):
     assert f"**{verdict}**" in table_of("table2", tmp_path).remarks[1]
 
 
+@pytest.mark.slow
 def test_a_claim_can_be_that_something_is_lower(tmp_path):
     def run(temperature, seed):
         entry = result(seed=seed, overrides=(f"attention.temperature={temperature}",))
@@ -143,6 +146,7 @@ def test_holm():
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_second_metric_has_its_mean_and_may_be_missing(tmp_path):
     runs = [result("lm_softmax", seed) for seed in (0, 1)]
     for seed, run in enumerate(runs):
@@ -158,6 +162,7 @@ def test_a_second_metric_has_its_mean_and_may_be_missing(tmp_path):
     assert sparse["smoothed perplexity"] == "120.000"
 
 
+@pytest.mark.slow
 def test_a_row_has_the_runs_of_its_configuration_whatever_their_name(tmp_path):
     """A sweep of temperatures is below one name; a run can have any name and folder."""
     sweep = [
@@ -195,6 +200,7 @@ def test_a_seed_twice_is_refused(tmp_path):
         table_of("table2", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_committed_tables_are_those_of_the_committed_runs():
     runs = [run_of(entry, str(file)) for file, entry in load(ROOT / "results" / "runs").items()]
     readme = (ROOT / "README.md").read_text()
@@ -252,6 +258,7 @@ def test_table_files_hold_the_same_cells(tmp_path):
     assert r"\begin{tabular}{llrrrrrrrr}" in files[".tex"]
 
 
+@pytest.mark.slow
 def test_the_log_of_the_author_stands_beside_the_paper_scale_only(tmp_path):
     options = ("scale=paper", "data.root=/a")
     store(tmp_path, [result(overrides=options, split="valid")])

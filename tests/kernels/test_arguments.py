@@ -32,6 +32,7 @@ class Doubled(MultiMax):
         return super().coefficients(torch.float64, device)
 
 
+@pytest.mark.slow
 def test_coefficients_of_another_dtype():
     with pytest.raises(ValueError, match=r"coefficients must be torch\.float32 on cpu, .*float64"):
         Doubled()(torch.randn(4, 16))

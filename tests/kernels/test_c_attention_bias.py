@@ -121,6 +121,7 @@ def test_no_keys(multimax, place):
         assert_equals_the_definition(qkv(keys=0), multimax, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 70, 50), (3, 70, 50), (2, 1, 70, 50), (3, 1, 50), (1,)])
 def test_the_same_bits_with_any_number_of_threads_and_every_time(multimax, place, shape):
     tensors, bias = [t.float() for t in qkv(2, 3, queries=70, keys=50)], random(*shape).float()
@@ -154,6 +155,7 @@ def test_the_place_is_nothing_to_an_attention_without_a_bias(multimax, place):
     assert_same_bits(attended(tensors, multimax, bias_place=place), attended(tensors, multimax))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 2, 4, 5), (2, 1, 5), (4, 1), ()], ids=str)
 @pytest.mark.parametrize("name", ["softmax-learned", "multimax-2-affine"])
 def test_first_and_second_derivatives(name, place, shape):
@@ -169,6 +171,7 @@ def test_first_and_second_derivatives(name, place, shape):
     assert gradgradcheck(function, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learned", [False, True])
 def test_compile_to_one_graph(multimax, place, learned):
     torch._dynamo.reset()

@@ -42,6 +42,7 @@ def exact_slope(function, excess):
     return float((function(excess + step) - function(excess - step)) / (2 * step))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [1.0, 8.0])
 @pytest.mark.parametrize(("excess", "dtype"), CASES)
 def test_probabilities_and_the_gradient_of_alpha(excess, spread, dtype):
@@ -59,6 +60,7 @@ def test_probabilities_and_the_gradient_of_alpha(excess, spread, dtype):
     assert got.item() == pytest.approx(slope, rel=10 * ROUNDING[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("excess", "dtype"), CASES)
 def test_the_loss_and_its_gradient_of_alpha(excess, dtype):
     scores = draw(0).to(dtype)
@@ -120,6 +122,7 @@ def test_a_tensor_alpha_of_one_is_softmax():
         fenchel_young_loss(rows, torch.tensor([0, 1, 2, 3]), torch.tensor(0.9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("excess", [0.0, 1e-9, 1e-3, 0.05])
 def test_derivatives_of_both_orders(excess):
     scores = draw(0, size=5).double().requires_grad_()

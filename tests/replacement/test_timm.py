@@ -80,6 +80,7 @@ def test_every_module_of_timm_that_normalizes_is_known():
     assert unknown <= set(known_classes())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_starts_as_itself_and_comes_back(name):
     model, images = build(name)
@@ -109,6 +110,7 @@ def test_a_model_starts_as_itself_and_comes_back(name):
     assert not [type(m) for m in model.modules() if hasattr(type(m), "replaced_class")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_done_right_is_refused(name):
     model = timm.create_model(name)
@@ -144,6 +146,7 @@ def test_the_choice_of_a_fused_kernel_comes_back():
         assert model(images).equal(expected)
 
 
+@pytest.mark.slow
 def test_checkpoints_autocast_and_one_graph():
     model, images = build("plain")
     replace_softmax(model)
@@ -185,6 +188,7 @@ def test_the_output_layer_of_a_classifier():
         replace_softmax(build("plain")[0], "sparsemax", output=True)
 
 
+@pytest.mark.slow
 def test_models_of_torchvision():
     from torchvision.models import VisionTransformer, maxvit_t, swin_t
 

@@ -190,6 +190,7 @@ def test_copies_keep_the_scalars(way):
     assert not again(*args, **kwargs).equal(model(*args, **kwargs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", COUNT)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_one_graph(kind):

@@ -22,6 +22,7 @@ from multimax.attention import attention
 pytest.importorskip("transformers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_starts_as_itself_and_comes_back(name):
     model = build(name)
@@ -44,6 +45,7 @@ def test_a_model_starts_as_itself_and_comes_back(name):
     assert model.config.to_dict() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INTERCEPTED)
 def test_classes_that_do_not_ask_the_interface(name, tmp_path):
     model = build(name)
@@ -77,6 +79,7 @@ def test_what_cannot_be_done_right_is_refused(name):
     assert not any("normalizer" in key for key in model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GENERATING)
 def test_generation_is_that_of_the_original(name):
     model = build(name)
@@ -152,6 +155,7 @@ def test_training_with_checkpoints_is_training_without():
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BERT", "Gemma 2", pytest.param("T5", marks=pytest.mark.slow)])
 def test_one_graph(name):
     model = build(name)

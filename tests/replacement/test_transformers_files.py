@@ -153,6 +153,7 @@ def test_autocast():
     assert gradient.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_a_trainer_trains_the_scalars(tmp_path):
     pytest.importorskip("accelerate")
     model = build("GPT-2").train()

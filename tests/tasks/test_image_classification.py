@@ -50,6 +50,7 @@ def labels(task, split):
     return torch.cat([targets for _, targets in task.eval_loaders[split]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_top1_top5_and_loss(split):
     task = build()
@@ -66,6 +67,7 @@ def test_top1_top5_and_loss(split):
     assert found["loss"] == pytest.approx(loss / len(target), rel=1e-12)  # summed in fp64
 
 
+@pytest.mark.slow
 def test_classes_are_ranked_by_probability():
     """A modulator that falls for large scores gives the second largest most."""
     task = build()
@@ -85,6 +87,7 @@ def test_classes_are_ranked_by_probability():
     assert evaluate(build(), Table(scores, build_normalizer("softmax")))["top1"] == 0
 
 
+@pytest.mark.slow
 def test_classes_without_probability_keep_the_order_of_their_scores():
     task = build()
     target = labels(task, "valid")
@@ -136,6 +139,7 @@ def test_mixup_has_smoothed_targets_that_sum_to_one(monkeypatch):
     assert ((top - (1 - 8 * 0.02)).abs() < 1e-5).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "cut"),
     [
@@ -169,6 +173,7 @@ def test_images_and_targets_are_mixed_alike(monkeypatch, options, cut):
         torch.testing.assert_close(seen["images"], blend)
 
 
+@pytest.mark.slow
 def test_every_rank_evaluates_its_share():
     whole = build()
     parts = [build(rank=rank, world_size=2) for rank in range(2)]

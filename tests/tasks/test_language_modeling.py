@@ -150,6 +150,7 @@ def test_sparse_are_those_that_give_zeros(composed, output):
     assert task.model.output.sparse == bool((p == 0).any()) == (output in SPARSE)
 
 
+@pytest.mark.slow
 def test_adaptive_output_is_evaluated_too(composed):
     adaptive = ("model.adaptive_cutoffs=[40,100]", "model.adaptive_factor=2")
     metrics, task = evaluate(composed("lm_multimax", *adaptive), "valid", world_size=2)
@@ -190,6 +191,7 @@ def test_padding_counts_neither_in_the_loss_nor_in_the_weight(composed):
         torch.testing.assert_close(task.loss(model, both), expected)
 
 
+@pytest.mark.slow
 def test_training_batches_are_those_of_seed_and_rank(composed):
     def targets(seed, rank=0, world_size=1):
         task = build(composed("lm_softmax", f"seed={seed}"), rank, world_size)
@@ -283,6 +285,7 @@ def test_it_learns(composed):
     assert result["metrics"]["valid"]["loss"] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_another_vocabulary_is_refused(composed, tmp_path):
     config = composed("lm_softmax")
     with open("/dev/null", "w") as nowhere:

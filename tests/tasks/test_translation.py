@@ -153,6 +153,7 @@ def test_a_sentence_that_no_process_evaluated_is_noticed(build):
         evaluate(build(rank=1, world_size=2), "test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["count", "sentence"])
 def test_tokens_and_sentences_are_both_counted(build, part):
     task = build("decoding.max_len_b=1")
@@ -191,6 +192,7 @@ def test_batches_are_summed_in_double(build):
     assert metrics["loss"] == pytest.approx(sum(sums) / tokens, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_a_sparse_output_has_a_smoothed_perplexity(build):
     task = build("output=sparsemax", "model.embed_dim=32")
     with torch.no_grad():
@@ -235,6 +237,7 @@ def test_batches_are_counted_in_tokens_of_an_update(build):
         assert 0.5 * limit < largest <= limit
 
 
+@pytest.mark.slow
 def test_attention_is_chosen_for_each_place(build):
     task = build(
         "attention=multimax",
@@ -254,6 +257,7 @@ def test_attention_is_chosen_for_each_place(build):
     assert len(found) == 3
 
 
+@pytest.mark.slow
 def test_what_is_said_before_training(build):
     said = build("data.max_length=20").describe()
     assert said["data"].startswith("libreoffice_help de-en: ")
@@ -267,6 +271,7 @@ def test_what_is_said_before_training(build):
     assert said["output"].startswith("SoftMax(")
 
 
+@pytest.mark.slow
 def test_every_normalizer_is_inspected_without_padding(build):
     task = build("attention=multimax", "output=multimax")
     with torch.no_grad():
@@ -306,6 +311,7 @@ def test_a_run_has_its_signatures_and_counts_in_its_result(build, tmp_path):
     assert fingerprint == task.data.languages.fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value", "remedy"),
     [
@@ -321,6 +327,7 @@ def test_bad_decoding_options(build, field, value, remedy):
         build(f"decoding.{field}={value}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["beam", "monitor_beam"])
 def test_a_beam_has_at_least_one_word_to_spare(build, name):
     build(f"decoding.{name}=399")

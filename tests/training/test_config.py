@@ -111,6 +111,7 @@ def test_bad_value_is_refused_before_data_is_loaded(monkeypatch, field, value):
     assert declared.description.rstrip(".") in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["deit_multimax", "lm_softmax", "mt_softmax"])
 def test_no_setting_takes_a_value_of_another_kind(experiment):
     config, refused = composed(f"experiment={experiment}"), set()
@@ -233,6 +234,7 @@ def test_epochs_and_updates_exclude_each_other(compose_tiny, epochs, updates):
         read_config(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch_size", "processes", "accumulation", "nearest"),
     [(11, 2, 2, 12), (9, 2, 2, 8), (3, 4, 1, 4), (1, 1, 8, 8), (50, 3, 1, 51)],
@@ -284,6 +286,7 @@ def test_fp16_needs_cuda(compose_tiny, monkeypatch):
         run_quietly(compose_tiny("trainer.precision=fp16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["deit_multimax", "lm_softmax", "mt_softmax"])
 @pytest.mark.parametrize("scale", ["small", "paper"])
 def test_hash_covers_every_setting_that_changes_numbers(experiment, scale):
@@ -304,6 +307,7 @@ def test_hash_covers_every_setting_that_changes_numbers(experiment, scale):
             assert (config_hash(changed) == before) == (field in SAME_NUMBERS), field
 
 
+@pytest.mark.slow
 def test_newer_settings_leave_older_folders_alone(compose_tiny):
     files = list((ROOT / "results" / "runs").rglob("*.json"))
     assert files
@@ -340,6 +344,7 @@ def explain():
     return explain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -367,6 +372,7 @@ def test_typo_names_the_valid_choices(explain, overrides, said):
         assert part in problem
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [

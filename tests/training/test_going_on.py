@@ -21,6 +21,7 @@ def stopped(tmp_path, monkeypatch):
     return only(tmp_path / "first", "last.pt"), epochs
 
 
+@pytest.mark.slow
 def test_settings_of_the_optimizer_are_those_of_the_run(tmp_path, stopped, monkeypatch):
     path, epochs = stopped
     options = {"lr": 2e-3, "weight_decay": 0.3, "eps": 1e-5, "betas": [0.8, 0.9]}
@@ -45,6 +46,7 @@ def test_settings_of_the_optimizer_are_those_of_the_run(tmp_path, stopped, monke
     assert result["origin"] == f"resumed from {path} at update 3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -62,6 +64,7 @@ def test_what_cannot_change_is_refused(tmp_path, stopped, change, message):
     assert not list((tmp_path / "second").rglob("last.pt"))
 
 
+@pytest.mark.slow
 def test_accumulation_may_change_where_updates_stay(tmp_path, stopped):
     path, epochs = stopped
     options = *epochs, f"resume={path}", "trainer.accumulation=2"
@@ -69,6 +72,7 @@ def test_accumulation_may_change_where_updates_stay(tmp_path, stopped):
     assert result["updates"] == 16
 
 
+@pytest.mark.slow
 def test_more_updates_than_the_run_has(tmp_path):
     run_quietly(tiny_config(tmp_path / "one"))
     path = only(tmp_path / "one", "last.pt")
@@ -76,6 +80,7 @@ def test_more_updates_than_the_run_has(tmp_path):
         run_quietly(tiny_config(tmp_path / "two", f"resume={path}", "trainer.updates=2"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("report", ["best", "last"])
 def test_resume_at_the_end(tmp_path, report):
     first = run_quietly(tiny_config(tmp_path / "one"))
@@ -87,6 +92,7 @@ def test_resume_at_the_end(tmp_path, report):
     assert only(tmp_path / "two", "best.pt").exists()
 
 
+@pytest.mark.slow
 def test_what_a_folder_holds_is_set_aside_for_another_beginning(tmp_path, monkeypatch):
     run_quietly(tiny_config(tmp_path / "one"))
     interrupted(tiny_config(tmp_path / "two", "trainer.updates=6"), monkeypatch, 1)
@@ -113,6 +119,7 @@ def bytes_of_a_disk(folder):
     (folder / "result.json").write_bytes(b"\xff\0\0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

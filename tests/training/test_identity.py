@@ -45,6 +45,7 @@ def config(tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_result_of_other_data_is_not_shown(tmp_path, config):
     one, other = write_images(tmp_path / "one"), write_images(tmp_path / "other", seed=1)
     first = run_quietly(config(one))
@@ -61,6 +62,7 @@ def test_a_result_of_other_data_is_not_shown(tmp_path, config):
     assert second["config_hash"] == first["config_hash"]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_data(tmp_path, config, monkeypatch):
     one, other = write_images(tmp_path / "one"), write_images(tmp_path / "other", seed=1)
     interrupted(config(one), monkeypatch, 3)
@@ -143,6 +145,7 @@ def test_spelling_does_not_make_another_run(tmp_path, one, other):
     assert config_hash(configs[0]) == config_hash(configs[1])
 
 
+@pytest.mark.slow
 def test_begin_with_weights(tmp_path):
     """The weights of a run, in a run of its own; not its optimizer, and not its position."""
     run_quietly(tiny_config(tmp_path / "one", "optimizer.lr=1e-2"))
@@ -160,6 +163,7 @@ def test_begin_with_weights(tmp_path):
         run_quietly(tiny_config(tmp_path / "two", *options))
 
 
+@pytest.mark.slow
 def test_a_run_that_began_with_weights_resumes(tmp_path, monkeypatch):
     run_quietly(tiny_config(tmp_path / "one", "optimizer.lr=1e-2"))
     option = f"weights={only(tmp_path / 'one', 'best.pt')}"
@@ -170,6 +174,7 @@ def test_a_run_that_began_with_weights_resumes(tmp_path, monkeypatch):
     assert parts["origin"] == whole["origin"]
 
 
+@pytest.mark.slow
 def test_softmax_goes_on_with_multimax(tmp_path):
     """Only scalars of normalizers may be missing: they begin as configured."""
     softmax = "attention=softmax", "output=softmax"
@@ -187,6 +192,7 @@ def test_softmax_goes_on_with_multimax(tmp_path):
         run_quietly(tiny_config(tmp_path / "four", f"weights={multimax}", *softmax))
 
 
+@pytest.mark.slow
 def test_layers_that_share_their_scalars_begin_with_weights(tmp_path):
     """Of SoftMax, of layers that share too, but not of layers with scalars of their own."""
     shared = "model.depth=2", "attention.shared=true"
@@ -207,6 +213,7 @@ def test_layers_that_share_their_scalars_begin_with_weights(tmp_path):
         run_quietly(tiny_config(tmp_path / "four", *shared, f"weights={weights}"))
 
 
+@pytest.mark.slow
 def test_official_and_converted_checkpoints_begin_a_run(tmp_path):
     from argparse import Namespace
 
@@ -225,6 +232,7 @@ def test_official_and_converted_checkpoints_begin_a_run(tmp_path):
         torch.testing.assert_close(trained, dict(model.state_dict()), rtol=0, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "overrides", "message"),
     [

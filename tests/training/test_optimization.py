@@ -24,6 +24,7 @@ def paper_config():
         return read_config(compose("config", overrides=["experiment=deit_multimax", "scale=paper"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attention", [{"name": "multimax", "affine": True}, {"name": "softmax", "learned": True}]
 )

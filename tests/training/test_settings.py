@@ -94,6 +94,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("base", "override", "said"), REFUSED, ids=[r[1] for r in REFUSED])
 def test_refused_with_its_name(base, override, said):
     with pytest.raises(ValueError, match=r"^") as caught:
@@ -102,6 +103,7 @@ def test_refused_with_its_name(base, override, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_remedies():
     for override, remedy in {
         "optimizer.name=adamx": "did you mean adamax?",
@@ -115,6 +117,7 @@ def test_remedies():
     assert read(*IMAGES, 'output_dir="2014"').output_dir == "2014"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -162,6 +165,7 @@ def test_the_length_of_the_command_line_wins():
         assert {20, 200} & {trainer.epochs, trainer.updates}
 
 
+@pytest.mark.slow
 def test_without_a_valid_split_the_last_weights_count(tmp_path):
     result = run_quietly(tiny_config(tmp_path, "data.valid_size=0"))
     assert list(result["metrics"]) == ["test"]
@@ -181,6 +185,7 @@ def test_best_weights_need_a_valid_split(tmp_path, monkeypatch):
         run_quietly(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -203,6 +208,7 @@ def test_removing_a_section_is_refused():
         read(*IMAGES, "~optimizer")
 
 
+@pytest.mark.slow
 def test_weights_that_diverge_in_the_last_update_are_said(tmp_path):
     """The loss of the update is finite, that of the evaluation after it is not; at each try."""
     config = tiny_config(tmp_path, "optimizer.lr=1e30", "trainer.updates=1", "schedule.warmup=0",

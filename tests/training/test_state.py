@@ -144,6 +144,7 @@ def test_each_update_has_its_rate(tmp_path):
     assert len(set(expected)) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_every_so_many_updates_are_logged(tmp_path, every):
     trainer = trained(tmp_path, 6, "trainer.updates=6", f"trainer.log_every={every}")

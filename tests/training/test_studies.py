@@ -155,6 +155,7 @@ def test_only_what_is_missing_is_run(train, tmp_path, launcher):
     assert "Lower optimizer.lr" in said
 
 
+@pytest.mark.slow
 def test_a_study_is_a_sweep(train):
     code, *_ = train("study=table1")
     assert code == "error: study=table1 is many runs: python train.py -m study=table1"

@@ -129,6 +129,7 @@ def test_summary_shows_what_differs():
     assert summary([]) == ["sweep of 0 jobs: none"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_refused_leaves_no_folder(compose_tiny, tmp_path):
     for override in ("resume=/nowhere", "trainer.batch_size=8000", "data=fashion_mnist"):
         with pytest.raises((ValueError, OSError)):

@@ -43,6 +43,7 @@ def assert_close(got, expected, **tolerance):
         torch.testing.assert_close(got[name], value, msg=name, **tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(4, 4), (6, 2), (1, 7)])
 def test_accumulated_batches_are_one_large_batch(tmp_path, sizes):
     options = "trainer.updates=3", "trainer.clip_norm=1.0", "optimizer.lr=0.1"
@@ -89,6 +90,7 @@ def test_a_tied_tensor_is_averaged_once(tmp_path):
         torch.testing.assert_close(trainer.ema.module[place].ts.detach(), expected)
 
 
+@pytest.mark.slow
 def test_loss_falls_and_each_update_is_logged(tmp_path):
     trainer = build_trainer(
         tmp_path, Regression((8, 8)), "trainer.updates=200", "optimizer.lr=0.1",

@@ -61,6 +61,7 @@ RATES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RATES)
 def test_every_update_is_a_step_of_its_own_rate_along_its_own_gradient(tmp_path, name):
     options, length, expected = RATES[name]

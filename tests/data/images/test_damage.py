@@ -48,6 +48,7 @@ def enlarge(file):
     Image.new("1", (14_000, 14_000)).save(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", [truncate, replace_by_text, break_a_chunk, enlarge])
 def test_a_bad_image_is_named_first(folder, workers, damage):

@@ -27,6 +27,7 @@ def test_facts(shards):
     assert (data.num_classes, data.image_size, data.channels) == (2, 32, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "num_workers"), [(1, 0), (2, 0), (3, 0), (5, 0), (1, 2), (2, 2)]
 )
@@ -34,6 +35,7 @@ def test_evaluation_reads_each_example_once(shards, pictures, world_size, num_wo
     assert_evaluation_is_exact(build(shards, num_workers=num_workers), pictures, world_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world_size", "num_workers", "batch_size"),
     [(1, 0, 5), (2, 0, 3), (3, 0, 4), (1, 2, 3), (3, 2, 2)],

@@ -75,6 +75,7 @@ def test_normalization_is_that_of_the_training_split(plain):
     assert abs(images.double().std() - 1) < 1e-4
 
 
+@pytest.mark.slow
 def test_an_epoch_shows_each_image_once_with_its_label_in_a_new_order(plain):
     loader = plain.train_loader(500, 0, 1, "cpu", seed=0)
     assert len(loader) == 14

@@ -79,6 +79,7 @@ def test_the_augmentation_is_that_of_deit(folder):
     assert jitter.brightness == (0.7, 1.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy", ["rand-m10-n3-inc1", "rand-m0-n3", "v0", "original", "augmix-m10"]
 )

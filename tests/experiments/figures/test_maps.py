@@ -56,6 +56,7 @@ def test_attention_is_the_mean_over_heads_and_queries(images, class_token):
     assert not model.blocks[-1].attn.normalizer._forward_hooks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("class_token", [False, True])
 def test_grad_cam_is_the_weighted_sum_of_what_is_positive(images, class_token):
     pytest.importorskip("pytorch_grad_cam", reason="pip install '.[figures]'")
@@ -106,6 +107,7 @@ def run_folder(runs, name, cell, seed=0, finished=True, others=()):
         (folder / "result.json").write_text("{}")
 
 
+@pytest.mark.slow
 def test_runs_are_found_by_their_configuration(tmp_path):
     run_folder(tmp_path, "a", "softmax", seed=2)
     run_folder(tmp_path, "b", "multimax2-both", seed=2)
@@ -126,6 +128,7 @@ def test_missing_runs_and_damaged_configurations_are_said(tmp_path):
         maps.find_pair(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_row_for_each_map(tmp_path, monkeypatch):
     models = {"one": model_of(), "other": model_of(seed=1)}
     config = read_config(recorded("table2", "softmax"))

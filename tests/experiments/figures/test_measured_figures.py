@@ -48,6 +48,7 @@ def texts(axes):
     return [text.get_text() for text in axes.texts]
 
 
+@pytest.mark.slow
 def test_histograms_of_every_layer(source, tmp_path, shown):
     histograms.draw(tmp_path, saved(source, *NAMES))
     assert [name for name, _ in shown] == ["scores_deit", "scores_lm", "scores_mt"]
@@ -77,6 +78,7 @@ def test_the_bars_are_all_probabilities():
     assert shares[0] == pytest.approx(below / 5030)
 
 
+@pytest.mark.slow
 def test_the_front_and_its_numbers(source, tmp_path, shown):
     folder = tmp_path / "results" / "figures"
     written = pareto.draw(folder, source)
@@ -103,6 +105,7 @@ def test_the_front_and_its_numbers(source, tmp_path, shown):
     }
 
 
+@pytest.mark.slow
 def test_all_seeds_are_in_the_front(source, tmp_path, shown):
     for cell in ("softmax", "multimax2-attention"):
         save_scores(source / f"again_{cell}.npz", planted("table2", cell, seed=3))
@@ -144,6 +147,7 @@ def test_the_command_writes_the_same_files_each_time(source, tmp_path, monkeypat
     assert len(list(folder.iterdir())) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "said"),
     [

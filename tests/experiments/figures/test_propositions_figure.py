@@ -37,6 +37,7 @@ def drawn(tmp_path, monkeypatch):
     return json.loads(files[2].read_text())
 
 
+@pytest.mark.slow
 def test_numbers_are_of_the_pooled_scores(drawn):
     layers = planted("table2", "softmax").layers.values()
     pooled = torch.from_numpy(np.concatenate([layer.scores for layer in layers])).double()
@@ -50,6 +51,7 @@ def test_numbers_are_of_the_pooled_scores(drawn):
     assert drawn["proposition_1"][name][0]["rows_with_s"] == 80
 
 
+@pytest.mark.slow
 def test_learned_scalars_are_counted_by_layer(drawn):
     (of_layers,) = drawn["learned"].values()
     assert list(of_layers) == ["blocks.0.attn.normalizer", "blocks.1.attn.normalizer"]

@@ -90,6 +90,7 @@ def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
+@pytest.mark.slow
 def test_layers_are_those_of_the_runs_of_the_study(runs):
     found = recorded_layers(study_of("table2"), load(runs))
     assert sorted((of.layer, of.everywhere, of.seed) for of in found) == [

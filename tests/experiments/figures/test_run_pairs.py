@@ -50,6 +50,7 @@ def test_the_attention_alone_is_preferred():
     assert seeds("deit", *both, ("table2", "multimax2-attention", 4)) == [("multimax2-both", 0)]
 
 
+@pytest.mark.slow
 def test_other_settings_and_normalizers_are_no_pair():
     assert not seeds(
         "deit",
@@ -61,6 +62,7 @@ def test_other_settings_and_normalizers_are_no_pair():
     assert not seeds("lm", ("table2", "softmax", 0), ("table2", "multimax2-attention", 0))
 
 
+@pytest.mark.slow
 def test_measured_pairs_of_every_task(tmp_path):
     for number, (study, cell) in enumerate(
         (study, cell) for study in ("table2", "table4") for cell in ("softmax", "multimax2-both")

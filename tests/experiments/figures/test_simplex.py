@@ -30,6 +30,7 @@ def distance(points, ring):
     return np.abs(points - ring).max(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", [scores for scores, *_ in EXAMPLES])
 def test_every_point_is_a_distribution(scores):
     for label, found in points(scores).items():
@@ -89,6 +90,7 @@ def test_rings_are_even():
     ]
 
 
+@pytest.mark.slow
 def test_what_the_caption_says():
     rings = [(points(scores), wanted(relevant)) for scores, _, relevant in EXAMPLES]
 
@@ -116,6 +118,7 @@ def test_it_is_drawn(tmp_path):
     assert plt.get_fignums() == open_before
 
 
+@pytest.mark.slow
 def test_every_panel_shows_its_curves_and_names_its_corners(monkeypatch, tmp_path):
     figures = []
     monkeypatch.setattr(simplex, "save", lambda figure, *_: figures.append(figure) or [])
