@@ -33,6 +33,7 @@ def attended(tensors, normalizer, backend, **options):
     return out.detach(), *torch.autograd.grad(out, tensors, upstream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
@@ -71,6 +72,7 @@ def test_a_key_of_nan_spoils_the_rows_that_see_it(normalizer, backend, value):
     torch.testing.assert_close(out[1], expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

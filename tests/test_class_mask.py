@@ -62,6 +62,7 @@ def with_gradients(loss, normalizer, scores, target, **options):
     return losses.detach(), *gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hard", "soft"])
 @pytest.mark.parametrize("way", ["class_mask", "bias"])
 def test_a_forbidden_class_is_as_one_left_out(normalizer, loss, class_scores, targets, kind, way):
@@ -88,6 +89,7 @@ def test_a_forbidden_class_is_as_one_left_out(normalizer, loss, class_scores, ta
     assert (gradient[:, ~allowed] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("kind", ["hard", "soft"])
@@ -153,6 +155,7 @@ def test_ignored_rows_may_be_forbidden(normalizer, loss, class_scores, targets):
     assert (got[1][2] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["hard", "mixup"])
 def test_a_forbidden_target_is_inf_with_finite_gradients(

@@ -118,6 +118,7 @@ COPIES = {
 }
 
 
+@pytest.mark.slow
 @every_subject
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_computes_the_same_from_tensors_of_its_own(name, way):

@@ -87,6 +87,7 @@ def test_no_triton_kernel_gets_into_a_program():
     assert not foreign_operations(program)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["multimax", "sparsemax", "topk-3", "attention"])
 def test_a_kernel_asked_for_by_name_is_refused(name):
     with use_backend("c"), pytest.raises(ValueError, match="exported programs hold torch operat"):

@@ -58,6 +58,7 @@ def test_equal_in_onnxruntime(name):
     assert_equal_in_onnxruntime(program, subject(name))
 
 
+@pytest.mark.slow
 @quietly
 def test_a_module_becomes_onnx_at_once():
     item = subject("multimax-affine")

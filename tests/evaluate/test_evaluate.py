@@ -13,6 +13,8 @@ from multimax.data.vocabulary import BytePairVocabulary
 from multimax.files import load_checkpoint, save_checkpoint
 from multimax.training.trained import load_run
 
+pytestmark = pytest.mark.slow
+
 TASKS = ("deit", "lm", "mt")
 
 
@@ -38,7 +40,6 @@ def change_weights(path):
     save_checkpoint(path, state)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_a_finished_run_has_its_figures_again(runs, tmp_path, capsys, name):
     result, report = result_of(runs[name]), evaluated(tmp_path, runs[name])
@@ -53,7 +54,6 @@ def test_a_finished_run_has_its_figures_again(runs, tmp_path, capsys, name):
     assert f"n = {result['metrics']['test']['examples']:,}" in out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit", "lm"])
 def test_averages_and_mixed_precision(tmp_path, name):
     write_text(tmp_path)
@@ -93,7 +93,6 @@ def test_the_named_checkpoint_is_evaluated(runs, tmp_path):
     assert best["same_as_result"] is None  # the result is of last.pt
 
 
-@pytest.mark.slow
 def test_a_split_and_settings(runs, tmp_path):
     expected = result_of(runs["deit"])["metrics"]["test"]
     report = evaluated(tmp_path, runs["deit"], "--split", "test")

@@ -18,6 +18,8 @@ from multimax.models.official_names import to_official_state_dict
 from multimax.tasks import TASKS
 from multimax.training.trained import load_run
 
+pytestmark = pytest.mark.slow
+
 
 def evaluated(checkpoint, name, folder, *settings):
     """The figures of a checkpoint of the experiment of a tiny run, whose data is in a folder."""
@@ -89,26 +91,22 @@ def evaluated_words(checkpoint, words, *settings):
     return json.loads(path.read_text())
 
 
-@pytest.mark.slow
 def test_an_official_checkpoint(runs, tmp_path):
     report = evaluated(official(runs, tmp_path), "deit", tmp_path)
     assert report["metrics"] == result_of(runs["deit"])
     assert (report["trained_on"], report["same_as_result"]) == (None, None)
 
 
-@pytest.mark.slow
 def test_a_converted_checkpoint_of_fairseq(words, converted):
     assert evaluated_words(converted, words)["metrics"] == result_of(words)
 
 
-@pytest.mark.slow
 def test_a_converted_translation_model(runs, tmp_path):
     save_checkpoint(tmp_path / "model.pt", content_of(runs["mt"]))
     report = evaluated(tmp_path / "model.pt", "mt", data_of(runs["mt"]))
     assert report["metrics"] == result_of(runs["mt"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit", "lm", "mt"])
 def test_a_checkpoint_of_a_run_that_was_moved(runs, tmp_path, name):
     path = shutil.copy(load_run(runs[name]).path, tmp_path / "moved.pt")
@@ -117,7 +115,6 @@ def test_a_checkpoint_of_a_run_that_was_moved(runs, tmp_path, name):
     assert report["trained_on"] == report["data"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -144,7 +141,6 @@ def test_what_does_not_matter_in_evaluation_may_differ(words, converted):
     assert report["metrics"] == result_of(words)
 
 
-@pytest.mark.slow
 def test_an_official_checkpoint_of_another_model(runs, tmp_path):
     path = official(runs, tmp_path)
     for settings, message in {
@@ -156,14 +152,12 @@ def test_an_official_checkpoint_of_another_model(runs, tmp_path):
             evaluated(path, "deit", tmp_path, *settings)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_another_run(runs, tmp_path):
     path = shutil.copy(runs["deit"] / "last.pt", tmp_path / "moved.pt")
     with pytest.raises(SystemExit, match=r"moved\.pt does not fit the model of --experiment and"):
         evaluated(path, "deit", tmp_path, "model.depth=3")
 
 
-@pytest.mark.slow
 def test_what_is_no_checkpoint_of_the_experiment(runs, words, converted, tmp_path):
     fairseq = converted.with_name("checkpoint_best.pt")
     for path, name, message in (
@@ -180,7 +174,6 @@ def test_what_is_no_checkpoint_of_the_experiment(runs, words, converted, tmp_pat
         evaluated_words(converted, words)
 
 
-@pytest.mark.slow
 def test_settings_are_checked_as_those_of_train(tmp_path, monkeypatch):
     for settings, message in {
         ("scale=huge",): "huge",

@@ -12,6 +12,8 @@ from experiments import measure as command
 from experiments.measure import load_scores, load_task, measure
 from experiments.scores import EDGES
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["few_pairs"]
 
 
@@ -37,7 +39,6 @@ def first_block(task):
         return query @ key.transpose(-1, -2) / 8**0.5, attention.normalizer
 
 
-@pytest.mark.slow
 def test_sampled_rows_are_those_of_their_example_and_head(deit, measured):
     scores, _ = first_block(load_task(deit)[1])
     layer = measured.layers["blocks.0.attn.normalizer"]
@@ -87,7 +88,6 @@ def test_layers_draw_rows_of_their_own(measured):
     assert 0.4 < (first.heads == second.heads).mean() < 0.6
 
 
-@pytest.mark.slow
 def test_exact_zeros_are_counted(tmp_path):
     scores = measure(train(tmp_path, [*DEIT, "attention=topk", "attention.k=3"]))
     for layer in scores.layers.values():
@@ -117,7 +117,6 @@ def test_a_language_model_counts_each_token_once(tmp_path):
         assert (row[count:] == -np.inf).all()
 
 
-@pytest.mark.slow
 def test_translations_have_three_kinds_of_attention(few_pairs, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "MOST_SCORES", 20_000)
     folder = train(tmp_path, [*MT, f"data.cache={tmp_path}"])
@@ -138,7 +137,6 @@ def test_translations_have_three_kinds_of_attention(few_pairs, tmp_path, monkeyp
     assert len(encoder.examples) == len(pairs)
 
 
-@pytest.mark.slow
 def test_as_many_examples_as_fit(monkeypatch, deit):
     monkeypatch.setattr(command, "MOST_SCORES", 100 * 2 * 16 + 31)
     assert [len(layer.examples) for layer in measure(deit).layers.values()] == [100, 100]
@@ -151,7 +149,6 @@ def typed(monkeypatch, *arguments):
     command.main()
 
 
-@pytest.mark.slow
 def test_the_command_writes_the_same_file_each_time(deit, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     typed(monkeypatch, deit)

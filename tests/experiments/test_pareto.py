@@ -121,6 +121,7 @@ def test_topk_keeps_the_largest(layers):
     close(family, 1, by_hand(two)[0])
 
 
+@pytest.mark.slow
 def test_entmax_goes_from_softmax_over_sparsemax(layers):
     family = FAMILIES["entmax"](layers)
     close(family, 0, by_hand(lambda row, _: softmax_of(row))[0])
@@ -168,6 +169,7 @@ def test_the_path_goes_from_softmax_over_the_learned_scalars(layers):
     close(family, index, by_hand(lambda row, _: softmax_of(modulated(row, double, ranges)))[0])
 
 
+@pytest.mark.slow
 def test_the_grid_has_its_ranges_at_quantiles_of_each_layer(layers):
     family = FAMILIES[GRID](layers)
     assert {"t_b": 1, "t_d": 1} not in [

@@ -86,6 +86,7 @@ def test_the_reader_finds_faults(bad, fault):
     assert any(fault in found for found in Page(bad).faults)
 
 
+@pytest.mark.slow
 def test_a_table_is_that_of_the_markdown(text):
     runs = [run_of(entry, str(file)) for file, entry in some_results().items()]
     table = build(claimed(), "small", runs)
@@ -142,6 +143,7 @@ def test_what_looks_like_html_is_shown_as_it_is(tmp_path):
     assert "Learning curves 2 cells" in found.text
 
 
+@pytest.mark.slow
 def test_without_runs_and_figures_it_says_what_to_run(tmp_path):
     found = Page(page({}, "paper", [claimed()], tmp_path / "none"))
     assert found.faults == []
@@ -191,6 +193,7 @@ def heights(panel):
     return {text: float(y) for y, text in found}
 
 
+@pytest.mark.slow
 def test_panels_can_be_compared():
     """Axes of a metric have the same limits; so have losses, if the output normalizer is one."""
     groups = {
@@ -248,6 +251,7 @@ def test_a_figure_has_the_caption_and_the_command_of_its_module(tmp_path):
         pictures.pictures(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("experiments.report.__main__.STUDIES", ["table4"])

@@ -66,6 +66,7 @@ def by_cell(name, source, *overrides):
     return dict(zip(study_of(name).cells, table.rows, strict=True)), table
 
 
+@pytest.mark.slow
 def test_table_has_means_spread_and_paired_differences_and_empty_cells(tmp_path):
     softmax, multimax = [80.0, 82.0, 81.0], [81.0, 82.5, 82.5]
     store(tmp_path, [result(seed=s, top1=v) for s, v in enumerate(softmax)])

@@ -15,6 +15,8 @@ from multimax.hub import PublishedModel
 from multimax.models.transformer import LanguageModel
 from multimax.training.trained import load_run
 
+pytestmark = pytest.mark.slow
+
 TASKS = ("deit", "lm", "mt")
 
 
@@ -40,7 +42,6 @@ def inputs_of(name):
     return (tokens,) if name == "lm" else (tokens, tokens[:, :5])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_the_network_of_a_folder_is_that_of_the_run(runs, folders, name):
     published, trained = PublishedModel.from_pretrained(folders[name]), load_run(runs[name])
@@ -53,7 +54,6 @@ def test_the_network_of_a_folder_is_that_of_the_run(runs, folders, name):
     assert torch.equal(published(*inputs), trained.model(*inputs))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_a_folder_gives_the_figures_of_its_run(runs, folders, tmp_path, name):
     own = settings_of(name, runs[name].parents[3])
@@ -246,7 +246,6 @@ def test_a_failed_save_leaves_no_model_that_seems_whole(folders, copy, monkeypat
         PublishedModel.from_pretrained(folder)
 
 
-@pytest.mark.slow
 def test_averaged_weights(tmp_path):
     folder = train(tmp_path, [*settings_of("deit", tmp_path), "trainer.ema_decay=0.5"])
     result = json.loads((folder / "result.json").read_text())["metrics"]["test"]

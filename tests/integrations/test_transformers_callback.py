@@ -20,6 +20,8 @@ from multimax import (
 )
 from multimax.attention import attention
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 

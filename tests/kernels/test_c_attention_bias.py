@@ -42,6 +42,7 @@ def assert_equals_the_definition(tensors, normalizer, mask=None, **options):
     assert_equal(attended(tensors, normalizer, mask, **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULATED)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
@@ -60,6 +61,7 @@ def test_every_broadcast_form(multimax, shape, place, causal):
     assert_equals_the_definition(qkv(), multimax, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize(("heads", "key_heads"), [(1, 1), (4, 2), (20, 20)])
 @pytest.mark.parametrize("sizes", [*itertools.product((0, 1), (0, 1), (0, 1)), (1, 1, 1)], ids=str)

@@ -228,6 +228,7 @@ def test_each_attention_has_its_own_normalizer():
     assert len({tuple(parameters[name].tolist()) for name in names}) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["encoder_attention", "decoder_attention", "cross_attention"])
 def test_attention_switches(place):
     model = translation_model(**{place: {"name": "sparsemax"}})

@@ -27,6 +27,7 @@ def images(batch=3, size=32, channels=3):
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_published_size_of_deit_small():
     model = build_vision_transformer(
         attention=SOFTMAX,

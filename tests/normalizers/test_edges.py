@@ -66,6 +66,7 @@ def gradients(normalizer, scores, mask, create_graph=False):
     return p.detach(), *torch.autograd.grad(loss, wanted, create_graph=create_graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 def test_nan_and_inf_spoil_their_row_and_nothing_that_is_masked(normalizer, mask, create_graph):

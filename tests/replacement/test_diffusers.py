@@ -27,6 +27,8 @@ from diffusers.models.attention_processor import Attention  # noqa: E402
 from experiments.drop_in import diffusers_models  # noqa: E402
 from experiments.drop_in.diffusers_models import MODELS, build  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def move(model):
     generator = torch.Generator().manual_seed(2)

@@ -50,6 +50,7 @@ def masks():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     ("layer", "mask", "need_weights", "average"),

@@ -156,6 +156,7 @@ def test_training_with_checkpoints_is_training_without():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["BERT", "Gemma 2", pytest.param("T5", marks=pytest.mark.slow)])
 def test_one_graph(name):
     model = build(name)

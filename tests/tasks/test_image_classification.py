@@ -109,6 +109,7 @@ def test_a_loss_that_is_not_finite_is_no_figure():
         evaluate(task, Table(scores, build_normalizer("softmax")))
 
 
+@pytest.mark.slow
 def test_label_smoothing_is_of_training_alone():
     task = build("loss.label_smoothing=0.3")
     images, targets = next(task.train_loader.batches(0))
@@ -183,6 +184,7 @@ def test_every_rank_evaluates_its_share():
         evaluate(parts[0], Table(scores, build_normalizer("softmax")), "test")
 
 
+@pytest.mark.slow
 def test_what_a_reader_is_told():
     task = build("attention=multimax", "output=entmax15")
     lines = task.describe()

@@ -56,6 +56,7 @@ WIKI103 = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale", "recipe", "tokens"),
     [("paper", PAPER, 2048 * 16 * 2), ("paper_wiki103", WIKI103, 3072 * 3 * 8)],
@@ -74,6 +75,7 @@ def test_paper_scale_is_fairseqs_recipe(composed, scale, recipe, tokens):
             assert config.attention.k == 100
 
 
+@pytest.mark.slow
 def test_sizes_of_the_papers_models(composed):
     words = WordVocabulary(str(i) for i in range(267_740))
     for scale, millions in (("paper", 156.0), ("paper_wiki103", 247.0)):
@@ -89,6 +91,7 @@ def test_data_root_is_needed_at_paper_scale(composed):
         build(composed("lm_softmax", "scale=paper", tiny=False))
 
 
+@pytest.mark.slow
 def test_places_of_files_do_not_name_a_run(composed):
     folders = {
         run_folder(composed("lm_softmax", f"data.cache={place}", f"data.root={place}"))

@@ -148,6 +148,7 @@ def test_processes_share_the_evaluation(build):
         assert result == pytest.approx(alone, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sentence_that_no_process_evaluated_is_noticed(build):
     with pytest.raises(RuntimeError, match="not every test sentence was evaluated exactly once"):
         evaluate(build(rank=1, world_size=2), "test")
@@ -169,6 +170,7 @@ def test_tokens_and_sentences_are_both_counted(build, part):
         evaluate(task, "valid", reduce)
 
 
+@pytest.mark.slow
 def test_divergence_is_said(build):
     task = build("decoding.max_len_b=1")
     with torch.no_grad():
@@ -177,6 +179,7 @@ def test_divergence_is_said(build):
         evaluate(task, "valid")
 
 
+@pytest.mark.slow
 def test_batches_are_summed_in_double(build):
     task = build("decoding.max_len_b=1")
     metrics = evaluate(task, "valid")
@@ -211,6 +214,7 @@ def test_a_sparse_output_has_a_smoothed_perplexity(build):
     assert one_by_one(task, "valid", beam=1)[1] == -math.inf
 
 
+@pytest.mark.slow
 def test_training_loss_is_smoothed_and_weighs_by_target_tokens(build):
     task = build("loss.label_smoothing=0.3")
     batch = next(task.train_loader.batches(0))

@@ -257,6 +257,7 @@ def test_warmup_must_leave_something(compose_tiny):
     read_config(compose_tiny("schedule.warmup=3"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -322,6 +323,7 @@ def test_newer_settings_leave_older_folders_alone(compose_tiny):
         assert config_hash(read_config(compose_tiny(setting))) == before
 
 
+@pytest.mark.slow
 def test_folder_tells_scale_experiment_normalizers_and_seed(compose_tiny, tmp_path):
     def folder_of(*overrides):
         return run_folder(read_config(compose_tiny(*overrides)))

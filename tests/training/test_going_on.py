@@ -138,6 +138,7 @@ def test_a_result_that_cannot_be_shown(tmp_path, spoil, message):
     assert (folder / "previous-1" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_numbering_has_gaps_and_the_identity_is_empty(tmp_path):
     run_quietly(tiny_config(tmp_path))
     folder = only(tmp_path, "result.json").parent
@@ -149,6 +150,7 @@ def test_numbering_has_gaps_and_the_identity_is_empty(tmp_path):
     assert len((folder / "wandb_id").read_text()) == 8
 
 
+@pytest.mark.slow
 def test_an_empty_identity_is_drawn_anew(tmp_path, monkeypatch):
     interrupted(tiny_config(tmp_path), monkeypatch, 1)
     file = only(tmp_path, "wandb_id")
@@ -180,6 +182,7 @@ def test_a_checkpoint_that_is_none(tmp_path, monkeypatch, content, message):
         run_quietly(tiny_config(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_best_checkpoint_elsewhere_is_not_this_runs(tmp_path, monkeypatch):
     interrupted(tiny_config(tmp_path, "trainer.updates=6"), monkeypatch, 3)
     path = only(tmp_path, "last.pt")

@@ -68,6 +68,7 @@ def test_broken_wandb_costs_no_run_and_is_said_once(tmp_path, monkeypatch, caplo
         assert names.count(broken) == (broken != "init")
 
 
+@pytest.mark.slow
 def test_what_wandb_gets(tmp_path, monkeypatch, caplog):
     fake = fake_wandb(monkeypatch, "nothing")
     config = tiny_config(tmp_path, "logger.wandb=auto", "group=table1", "tags=[table1,cell]")

@@ -25,6 +25,7 @@ def trained(folder, updates, *overrides):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "total"),
     [
@@ -45,6 +46,7 @@ def test_too_few_batches(tmp_path):
         build_trainer(tmp_path, Regression(SIZES), "trainer.accumulation=4")
 
 
+@pytest.mark.slow
 def test_the_best_needs_a_split_to_be_found_on(tmp_path):
     for split, report in (("valid", "best"), ("valid", "last"), ("test", "last")):
         task = Regression(SIZES)
@@ -55,6 +57,7 @@ def test_the_best_needs_a_split_to_be_found_on(tmp_path):
         build_trainer(tmp_path, task, "trainer.report=best")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False])
 def test_resumed_run_has_everything_of_the_first(tmp_path, own):
     first = trained(tmp_path / "first", 2, "trainer.ema_decay=0.9")
@@ -153,6 +156,7 @@ def test_every_so_many_updates_are_logged(tmp_path, every):
     assert all(rate > 0 for rate in trainer.loggers[0].series("train/rate"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "updates"),
     [

@@ -152,6 +152,7 @@ class Scripted(Regression):
         return {"loss": self.values[len(self.seen) - 1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("higher", "values", "best"),
     [(True, (3.0, 7.0, 7.0, 5.0), 2), (False, (3.0, 1.0, 1.0, 1.5), 2)],
@@ -190,6 +191,7 @@ def test_reported_weights(tmp_path, monkeypatch, report):
     assert result["best"]["update"] == 10 * (1 + valid.index(max(valid)))
 
 
+@pytest.mark.slow
 def test_a_result_has_the_figures_of_each_split(tmp_path):
     config = read_config(tiny_config(tmp_path, "output=softmax"))
     result = run_quietly(config)

@@ -62,6 +62,7 @@ def test_shares_are_drawn_from_seed_and_epoch(shards):
     assert len(set(drawn)) == 5  # (0, 1) and (1, 0) are not the same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_examples_of_shards_are_shuffled(shards, num_workers):
     data = build(shards, train_split="train-{0001..0002}.tar|8", num_workers=num_workers, **PLAIN)
@@ -168,6 +169,7 @@ def test_hugging_face_streams_train(arrow, tmp_path):
     assert_batches_start_anywhere(make)
 
 
+@pytest.mark.slow
 def test_hugging_face_files_read_as_folders_do(pictures, tmp_path):
     options = dict(repeated_augmentation=3, **PLAIN)
     data = build(tmp_path, f"hfds/{pictures}", valid_split="validation", **options)

@@ -107,6 +107,7 @@ def test_ranks_share_the_global_batch(plain):
     assert_same(joined, whole)
 
 
+@pytest.mark.slow
 def test_batches_start_anywhere_and_leave_the_global_random_state_alone(augmented):
     def make():
         return augmented.train_loader(300, 1, 2, "cpu", seed=7)

@@ -116,6 +116,7 @@ def test_all_seeds_are_in_the_front(source, tmp_path, shown):
     assert "seed 0, 3" in shown[0][1].get_suptitle()
 
 
+@pytest.mark.slow
 def test_the_learned_scalars_are_those_of_the_run_with_multimax(source):
     layers = pareto.layers_of(pareto.measured_pairs(source)["deit"])
     assert [rows.learned for rows in layers["SoftMax"]] == [

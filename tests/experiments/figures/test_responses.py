@@ -107,6 +107,7 @@ def test_layers_are_those_of_the_runs_of_the_study(runs):
     assert of.panel == (1, "attention")
 
 
+@pytest.mark.slow
 def test_thin_lines_are_seeds_and_thick_ones_their_mean(runs, tmp_path, shown):
     responses.draw(tmp_path, runs, tmp_path / "nothing")
     assert list(shown) == ["responses_deit"]
@@ -201,6 +202,7 @@ def test_the_output_layer_of_every_model_is_red():
     assert not isinstance(colors["blocks.0.attn"], str)
 
 
+@pytest.mark.slow
 def test_without_a_run_there_is_an_error_and_no_file(tmp_path):
     store(tmp_path / "runs", "table2", "softmax", {})
     with pytest.raises(FileNotFoundError, match=r"runs has no run with MultiMax: python train\.py"):

@@ -40,6 +40,7 @@ def test_a_pair_is_of_one_seed():
     assert pairs[0].multimax == ("table2", "multimax2-attention", 1)
 
 
+@pytest.mark.slow
 def test_the_attention_alone_is_preferred():
     both = ("table2", "softmax", 0), ("table2", "multimax2-both", 0)
     assert seeds("deit", *both) == [("multimax2-both", 0)]
@@ -74,6 +75,7 @@ def test_measured_pairs_of_every_task(tmp_path):
     assert found["mt"][0].softmax.config["attention"]["name"] == "softmax"
 
 
+@pytest.mark.slow
 def test_without_pairs_it_says_what_to_type(tmp_path):
     save_scores(tmp_path / "one.npz", planted("table2", "softmax"))
     with pytest.raises(FileNotFoundError, match=r"train\.py -m study=table2 .*experiments.measure"):
