@@ -159,6 +159,7 @@ def test_a_measured_step_is_the_step_without(repeat):
         assert measured.equal(plain)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_measured_uncompiled_and_compiled_once():
     model, sent, graphs, numbers = Model(), [], [], []
 

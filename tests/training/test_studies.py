@@ -104,6 +104,7 @@ def test_each_cell_is_another_configuration_of_one_recipe(name):
     assert len({tuple(cell.row) for cell in of.cells.values()}) == len(of.cells)
 
 
+@pytest.mark.slow
 def test_the_ablation_changes_one_thing_and_shares_runs_with_table_2():
     def settings(name):
         of = study(name)

@@ -171,6 +171,7 @@ def test_scores_are_drawn_below_the_layers_that_received_them(runs, tmp_path, sh
     assert text.get_text() == "no run yet"
 
 
+@pytest.mark.slow
 def test_only_layers_with_multimax_have_measured_scores():
     scores = {cell: planted("table2", cell) for cell in ("softmax", "multimax2-both")}
     found = measured_layers(study_of("table2"), scores)
