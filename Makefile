@@ -33,7 +33,7 @@ demo: $(VENV)/trains ## train a DeiT with MultiMax on embedded Fashion-MNIST, an
 test: setup lint types ## lint, type checks and all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
-test-fast: setup ## the tests that are not slow, in less than a minute
+test-fast: setup ## the tests that are not slow, in about a minute
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m 'not slow'
 
 test-fairseq: $(FAIRSEQ_VENV)/complete ## the fairseq plug-in with fairseq itself (Python 3.11 or 3.12)
