@@ -4,6 +4,7 @@ Their signals, exit codes and output are those of any process. Only the imports,
 than a tiny run, are made once for all; what is about them needs a new interpreter.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -59,4 +60,7 @@ def _train(arguments, output, environment):
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     sys.argv = ["train.py", *arguments]
-    runpy.run_path("train.py", run_name="__main__")
+    try:
+        runpy.run_path("train.py", run_name="__main__")
+    finally:  # which a child of multiprocessing leaves out
+        atexit._run_exitfuncs()

@@ -271,12 +271,14 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, value in {"MODE": "offline", "SILENT": "true", "DIR": str(tmp_path)}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # what an earlier test has started would keep its own settings
     made = trainer(tmp_path, tiny_gpt2(), report_to="wandb", max_steps=2)
     made.train()
     run = wandb.run
     with monitor(made.model, every=1, log=run):  # whose step is beyond the first
         made.model(input_ids=texts()[0]["input_ids"][None])
     run.finish()
+    wandb.teardown()
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     found = {}
     for record in written(file):
