@@ -4,8 +4,9 @@ The rows of packages that are not named stay as they are there.
 
 For each model: how many attention layers get another normalizer; the largest difference of an
 output to the original's at the identity start, as a share of the largest output, in evaluation and
-in training mode; whether a training step moves the scalars of all layers, and whether a state dict
-brings them back into a new model. Or why it is refused.
+in training mode; whether greedy generation gives the same tokens, with its cache, where models of
+transformers generate; whether a training step moves the scalars of all layers, and whether a state
+dict brings them back into a new model. Or why it is refused.
 """
 
 import argparse
@@ -24,7 +25,18 @@ from multimax.parameters import normalizer_parameters
 from multimax.replacement import routes
 from multimax.replacement.verify import without_dropout
 
-COLUMNS = ["package", "model", "layers", "evaluation", "training", "step", "reload", "remark"]
+COLUMNS = [
+    "package",
+    "model",
+    "layers",
+    "evaluation",
+    "training",
+    "generation",
+    "step",
+    "reload",
+    "remark",
+]
+NEW_TOKENS = 8
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -57,7 +69,10 @@ def _written(path: Path) -> dict[tuple[str, str], dict[str, str]]:
     if not path.exists():
         return {}
     with path.open(newline="") as stream:
-        return {(row["package"], row["model"]): row for row in csv.DictReader(stream)}
+        rows = [
+            {column: row.get(column) or "" for column in COLUMNS} for row in csv.DictReader(stream)
+        ]
+    return {(row["package"], row["model"]): row for row in rows}
 
 
 def row(family: Family) -> dict[str, str]:
@@ -73,6 +88,11 @@ def row(family: Family) -> dict[str, str]:
         remark = "refused: " + "; ".join(map(str, sorted(reasons)))
         return result | {"layers": "0", "remark": remark}
     verified = verify_replacement(model, *args, **kwargs)
+    original, *_ = family.build()
+    tokens = _generated(original, kwargs)
+    if tokens is not None:
+        same = torch.equal(tokens, _generated(model, kwargs))
+        result["generation"] = "same tokens" if same else "other tokens"
     remarks = ['bias_place="before"'] if family.bias_place == "before" else []
     remarks += sorted({f"left: {entry.note}" for entry in report.left})
     return result | {
@@ -83,6 +103,15 @@ def row(family: Family) -> dict[str, str]:
         "reload": "yes" if _reloads(model, family) else "no",
         "remark": "; ".join(remarks),
     }
+
+
+def _generated(model: Any, kwargs: Any) -> Any:
+    """The prompts and the most probable next tokens; None for a model that does not generate."""
+    if not getattr(model, "can_generate", bool)():
+        return None
+    given = {name: value for name, value in kwargs.items() if not name.startswith("decoder_")}
+    lengths = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    return model.generate(**given, **lengths, do_sample=False)
 
 
 def _steps(model: Any, args: Any, kwargs: Any) -> bool:
