@@ -60,11 +60,10 @@ COLUMNS = {
 def time_round(workload: Workload, cuda: bool) -> dict[str, float]:
     """Seconds of each phase, of all as "step", and of the host."""
     workload.drop_gradients()
-    marks = [_mark(cuda)]
     if cuda:
         torch.cuda.synchronize()
         torch.cuda._sleep(PAUSE)
-        marks = [_mark(cuda)]
+    marks = [_mark(cuda)]
     started, value = time.perf_counter(), None
     for call in workload.phases.values():
         value = call(value)

@@ -154,7 +154,7 @@ def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> 
 
 def _cell(row: Row, key: str) -> str:
     if key == "step_ms" and not row.get("rounds", 1):
-        return "out of memory"
+        return "failed" if row.get("failed") else "out of memory"
     if key.endswith("_range"):
         low, high = (row.get(key.replace("_range", f"_{part}_ms")) for part in ("p20", "p80"))
         return "" if low is None or high is None else f"{low:,.4g} - {high:,.4g}"

@@ -1,7 +1,8 @@
 """Attention over modulated scores in Triton, without a (queries, keys) matrix in memory.
 
-Compared with the eager function on an H200 and in Triton's interpreter, and timed on an H200
-(`benchmarks.gpu`); compiled for NVIDIA GPUs of capability 8.0, 10.0 and 12.0, but not run on them.
+Compared with the eager function in Triton's interpreter and, before its last change, on an H200, where
+it was timed (`benchmarks.gpu`); compiled for NVIDIA GPUs of capability 8.0, 10.0 and 12.0, but not
+run on them.
 """
 
 import math
@@ -121,11 +122,8 @@ class _Attention(torch.autograd.Function):
                 learned,
                 of_bias,
             )
-            d_coefficients, d_bias = (
-                d_coefficients if learned else None,
-                d_bias if of_bias else None,
-            )
-            gradients = [*gradients, d_coefficients, d_bias]
+            of_coefficients = d_coefficients if learned else None
+            gradients = [*gradients, of_coefficients, d_bias if of_bias else None]
         return *gradients, *[None] * 6
 
 
