@@ -13,7 +13,6 @@ head. The gradient of a bias has a kernel of its own in `multimax.kernels.triton
 import triton
 import triton.language as tl
 
-from multimax.kernels.triton_attention_forward import add_bias
 from multimax.kernels.triton_modulation import (
     add_to_sums,
     centred,
@@ -26,9 +25,9 @@ from multimax.kernels.triton_modulation import (
 from multimax.kernels.triton_tiles import (
     dropout_factor,
     load_tile,
-    mask_of_tile,
     of_head,
     place_of_program,
+    shown_of_tile,
     store_tile,
     whole_keys,
 )
@@ -72,12 +71,9 @@ def backward_query_tile(
     gradient = tl.dot(do, tl.trans(v), input_precision=precision)
     tile_mask, added = None, 0.0
     if masked:
-        tile_mask = mask_of_tile(
-            mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
-        )
-        scores, added, tile_mask = add_bias(
-            scores, tile_mask, bias, batch, head, first, start, i, j, queries, keys,
-            bias_before, dtype,
+        scores, added, tile_mask = shown_of_tile(
+            scores, mask, bias, batch, head, first, start, i, j, queries, keys, causal,
+            mask_by_query, bias_before, dtype,
         )  # fmt: skip
     factor = 1.0
     if dropout is not None:
@@ -203,12 +199,9 @@ def backward_key_value_tile(
     gradient = tl.dot(v, tl.trans(do), input_precision=precision)
     tile_mask, added = None, 0.0
     if masked:
-        tile_mask = mask_of_tile(
-            mask, batch, head, start, first, i, j, queries, keys, causal, mask_by_query
-        )
-        scores, added, tile_mask = add_bias(
-            scores, tile_mask, bias, batch, head, start, first, i, j, queries, keys,
-            bias_before, dtype,
+        scores, added, tile_mask = shown_of_tile(
+            scores, mask, bias, batch, head, start, first, i, j, queries, keys, causal,
+            mask_by_query, bias_before, dtype,
         )  # fmt: skip
     factor = 1.0
     if dropout is not None:

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 
 from multimax.kernels.triton_attention_backward import backward_tile
-from multimax.kernels.triton_attention_forward import add_bias
 from multimax.kernels.triton_modulation import load_coefficients
-from multimax.kernels.triton_tiles import dropout_factor, load_tile, mask_of_tile, of_head
+from multimax.kernels.triton_tiles import dropout_factor, load_tile, of_head, shown_of_tile
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -96,12 +95,9 @@ def attention_backward_bias(
                     v = load_tile(v_of_head, at, keys, block_keys, dim, width)
                     scores = score_scale * tl.dot(q, tl.trans(k), input_precision=precision)
                     gradient = tl.dot(do, tl.trans(v), input_precision=precision)
-                    tile_mask = mask_of_tile(
-                        mask, sample, head_of, start, at, i, j, queries, keys, causal, mask_by_query
-                    )
-                    scores, added, tile_mask = add_bias(
-                        scores, tile_mask, bias, sample, head_of, start, at, i, j,
-                        queries, keys, bias_before, dtype,
+                    scores, added, tile_mask = shown_of_tile(
+                        scores, mask, bias, sample, head_of, start, at, i, j, queries, keys, causal,
+                        mask_by_query, bias_before, dtype,
                     )  # fmt: skip
                     factor = 1.0
                     if dropout is not None:

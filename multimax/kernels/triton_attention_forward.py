@@ -17,31 +17,14 @@ import triton.language as tl
 
 from multimax.kernels.triton_modulation import load_coefficients, modulate
 from multimax.kernels.triton_tiles import (
-    bias_of_tile,
     dropout_factor,
     load_tile,
-    mask_of_tile,
     of_head,
     place_of_program,
+    shown_of_tile,
     store_tile,
     whole_keys,
 )
-
-
-@triton.jit
-def add_bias(
-    scores, mask, bias, batch, head, first, start, i, j, queries, keys,
-    before: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """Scores of a tile with a bias before the modulation, what is added after it, and the mask."""
-    added = 0.0
-    if bias is not None:
-        added, shown = bias_of_tile(bias, batch, head, first, start, i, j, queries, keys, dtype)
-        mask = mask & shown
-        if before:
-            scores += added
-            added = 0.0
-    return scores, added, mask
 
 
 @triton.jit
@@ -58,12 +41,9 @@ def forward_tile(
     v = load_tile(value, start, keys, block_keys, dim, width)
     scores = score_scale * tl.dot(q, tl.trans(k), input_precision=precision)
     if masked:
-        tile_mask = mask_of_tile(
-            mask, batch, head, first, start, i, j, queries, keys, causal, mask_by_query
-        )
-        scores, added, tile_mask = add_bias(
-            scores, tile_mask, bias, batch, head, first, start, i, j, queries, keys,
-            bias_before, dtype,
+        scores, added, tile_mask = shown_of_tile(
+            scores, mask, bias, batch, head, first, start, i, j, queries, keys, causal,
+            mask_by_query, bias_before, dtype,
         )  # fmt: skip
         modulated, _, _ = modulate(scores, c, order)
         if bias is not None and not bias_before:

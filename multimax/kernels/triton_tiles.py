@@ -122,6 +122,28 @@ def bias_of_tile(
 
 
 @triton.jit
+def shown_of_tile(
+    scores, mask, bias, batch, head, first_query, first_key, query, key, queries, keys,
+    causal: tl.constexpr, mask_by_query: tl.constexpr, bias_before: tl.constexpr,
+    dtype: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile with a bias before the modulation, what is added after it, and the mask."""
+    added = 0.0
+    tile_mask = mask_of_tile(
+        mask, batch, head, first_query, first_key, query, key, queries, keys, causal, mask_by_query
+    )
+    if bias is not None:
+        added, shown = bias_of_tile(
+            bias, batch, head, first_query, first_key, query, key, queries, keys, dtype
+        )
+        tile_mask = tile_mask & shown
+        if bias_before:
+            scores += added
+            added = 0.0
+    return scores, added, tile_mask
+
+
+@triton.jit
 def dropout_factor(seed, dropout, row, query_id, key_id, queries, keys, dtype: tl.constexpr):
     """D of a tile: a function of nothing but the seed and the place in the whole tensor."""
     place = (row * queries + query_id) * keys + key_id
