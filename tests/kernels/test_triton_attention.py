@@ -164,6 +164,18 @@ def test_a_row_without_keys_is_zero_and_has_zero_gradients(device):
     assert all((tensor == 0).all() for tensor in (output, *gradients))
 
 
+def test_queries_beyond_the_last_add_nothing(device):
+    """Their scores are 0, and exp(1000), which SoftMax of the others cancels, overflows."""
+    inputs = [t.requires_grad_() for t in draw(17, 20, heads=1, batch=1, device=device)]
+    results = []
+    for shift in (0.0, 1000.0):
+        c = torch.tensor([1.0, shift], dtype=torch.float64, device=device, requires_grad=True)
+        output = triton_attention(*inputs, c)
+        results.append([output, *torch.autograd.grad(output.square().sum(), [*inputs, c])])
+    for shifted, plain in zip(*results, strict=True):
+        torch.testing.assert_close(shifted, plain, **EXACT)
+
+
 @pytest.mark.parametrize("size", [1e4, 1e20])
 def test_masked_scores_do_not_matter(size, device):
     """With ts2 > 0, very low scores bend up to the highest of all, or overflow."""
