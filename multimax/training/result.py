@@ -151,14 +151,15 @@ def print_rows(console: Console, rows: Mapping[str, str]) -> None:
 
 
 def print_metrics(console: Console, title: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """Print the metrics of each split as a table."""
+    """Print the metrics of each split as a table; a split need not have all of them."""
     table = Table(title=title, title_justify="left")
     table.add_column("metric")
     for split, figures in metrics.items():
         table.add_column(f"{split} (n = {figures['examples']:,})", justify="right")
-    names = [name for name in next(iter(metrics.values())) if name != "examples"]
-    for name in names:
-        table.add_row(name, *(f"{figures[name]:.4g}" for figures in metrics.values()))
+    names = dict.fromkeys(name for figures in metrics.values() for name in figures)
+    for name in (name for name in names if name != "examples"):
+        cells = (figures.get(name) for figures in metrics.values())
+        table.add_row(name, *("" if cell is None else f"{cell:.4g}" for cell in cells))
     console.print(table)
 
 

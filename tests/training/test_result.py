@@ -8,6 +8,7 @@ from tiny import only, tiny_config
 
 from multimax import EntMax, MultiMax, SoftMax
 from multimax.parameters import learned_scalars, named_scalars
+from multimax.training.result import print_metrics
 from multimax.training.run import run
 
 
@@ -51,3 +52,15 @@ def test_a_run_without_learned_scalars_has_no_table_of_them(tmp_path):
     said = io.StringIO()
     run(tiny_config(tmp_path, "experiment=deit_softmax"), Console(file=said))
     assert "learned scalars" not in said.getvalue()
+
+
+def test_a_metric_that_a_split_does_not_have_is_empty_there():
+    said = io.StringIO()
+    metrics = {"valid": {"mse": 0.25, "examples": 3}, "test": {"mse_n128": 0.5, "examples": 4}}
+    print_metrics(Console(file=said, width=120), "title", metrics)
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in said.getvalue().splitlines()
+        if "│" in line
+    ]
+    assert rows == [["mse", "0.25", ""], ["mse_n128", "", "0.5"]]
