@@ -66,7 +66,10 @@ def test_experiment_begins_with_its_title_and_command(experiment):
 def test_other_commands_of_an_experiment_compose(experiment):
     header = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()[3:]
     commands = [line for line in header if line.startswith("#") and "python train.py" in line]
-    assert len(commands) == 1  # at paper scale
-    overrides = commands[0].split("python train.py ")[1].split()
-    assert overrides[0] == f"experiment={experiment}"
-    assert composed(*overrides).scale.name != "small"
+    (task,) = re.findall(r"override /task: (\w+)", "\n".join(header))
+    at_paper_scale = (CONFIGS / "recipe" / task / "paper.yaml").exists()
+    assert len(commands) == at_paper_scale
+    for command in commands:
+        overrides = command.split("python train.py ")[1].split()
+        assert overrides[0] == f"experiment={experiment}"
+        assert composed(*overrides).scale.name != "small"

@@ -32,10 +32,15 @@ ATTENTIONS, OUTPUTS = (
     for group in ("attention", "output")
 )
 TINY = ["debug=two_updates", "model.depth=1", "model.embed_dim=16", "trainer.batch_size=10"]
+SYNTHETIC = ["debug=two_updates", "data.valid_size=100", "data.test_size=100"]
+LENGTHS = "data.test_lengths=[64,80]"
 TINY_TASK = {
     "image_classification": TINY,
     "language_modeling": TINY_LANGUAGE_MODEL,
     "translation": TINY_TRANSLATION,
+    "retrieval": [*SYNTHETIC, LENGTHS],
+    "max_retrieval": [*SYNTHETIC, LENGTHS],
+    "associative_recall": [*SYNTHETIC, "data.vocabulary_size=64", "data.settings=[[32,2],[48,3]]"],
 }
 
 # What `result.json` holds, and the tables are made of.
@@ -110,7 +115,7 @@ def little_text(tmp_path, cache, monkeypatch):
 )
 def test_every_experiment(tmp_path, little_text, experiment):
     task = composed(f"experiment={experiment}").task.name
-    small = [*TINY_TASK[task], *little_text[task]]
+    small = [*TINY_TASK[task], *little_text.get(task, [])]
     config = composed(f"experiment={experiment}", *small, "name=test", f"output_dir={tmp_path}")
     result, _, folder = run_and_read(config)
     assert {key: type(value) for key, value in result.items() if key != "commit"} == {

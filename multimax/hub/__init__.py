@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from multimax.files import write_atomically, write_json
 from multimax.hub import vocabulary as vocabulary_files
-from multimax.hub.card import model_card
+from multimax.hub.card import PIPELINES, model_card
 from multimax.hub.facts import facts_of
 from multimax.hub.vocabulary import load_vocabulary, save_vocabulary
 from multimax.models.registry import build_model
@@ -88,9 +88,15 @@ class PublishedModel(nn.Module, PyTorchModelHubMixin, library_name="multimax"):
             averaged: publish the averaged weights, where the run has them.
 
         Raises:
-            FileNotFoundError, ValueError: as `load_finished_run`; or there is no average.
+            FileNotFoundError, ValueError: as `load_finished_run`; or there is no average, or the
+                task is a synthetic one.
         """
         trained, result = load_finished_run(folder)
+        if result["task"] not in PIPELINES:
+            raise ValueError(
+                f"{folder} was trained for {result['task']}, a synthetic task: publish a run of "
+                f"{', '.join(PIPELINES)}"
+            )
         if averaged and trained.averaged is None:
             raise ValueError(
                 f"{folder} has no averaged weights: it ran with trainer.ema_decay=null"

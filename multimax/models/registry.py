@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from multimax.models.retrieval import AttentionClassifier, AttentionRegressor
 from multimax.models.transformer import LanguageModel, TranslationModel
 from multimax.models.vision import build_vision_transformer
 from multimax.registry import build
@@ -14,6 +15,9 @@ Models = dict[str, Callable[..., nn.Module]]
 IMAGE_CLASSIFIERS: Models = {"vision_transformer": build_vision_transformer}
 LANGUAGE_MODELS: Models = {"transformer_lm": LanguageModel}
 TRANSLATION_MODELS: Models = {"transformer": TranslationModel}
+RETRIEVAL_MODELS: Models = {"attention_regressor": AttentionRegressor}
+MAX_RETRIEVAL_MODELS: Models = {"attention_classifier": AttentionClassifier}
+RECALL_MODELS: Models = {"transformer_lm": LanguageModel}
 
 
 def build_model(models: Models, name: str, **options: Any) -> nn.Module:

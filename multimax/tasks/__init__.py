@@ -1,4 +1,4 @@
-"""The paper's tasks, each a `Task` that the trainer can run."""
+"""The paper's tasks and synthetic ones, each a `Task` that the trainer can run."""
 
 from typing import Any
 
@@ -9,12 +9,16 @@ from multimax.registry import look_up
 from multimax.tasks.base import Task
 from multimax.tasks.image_classification import ImageClassification
 from multimax.tasks.language_modeling import LanguageModeling
+from multimax.tasks.retrieval import AssociativeRecall, MaxRetrieval, Retrieval
 from multimax.tasks.translation import Translation
 
 TASKS: dict[str, type[Any]] = {
     "image_classification": ImageClassification,
     "language_modeling": LanguageModeling,
     "translation": Translation,
+    "retrieval": Retrieval,
+    "max_retrieval": MaxRetrieval,
+    "associative_recall": AssociativeRecall,
 }
 
 

@@ -21,7 +21,7 @@ DIVERGED = "training has diverged. Lower optimizer.lr or set trainer.clip_norm"
 
 
 class Task(ABC):
-    """Data, model and loss of one of the paper's tasks.
+    """Data, model and loss of a task.
 
     Attributes:
         data_kind: what its data sets are called in messages.

@@ -42,7 +42,7 @@ class TrainerSection(Section):
     updates: Count | None = Field(description="length in optimizer updates; null: see epochs")
     batch_size: Count = Field(
         description="of one update, over all processes and accumulated batches, in images, blocks "
-        "of text, or tokens of translation"
+        "of text, tokens of translation, or drawn examples"
     )
     eval_batch_size: Count = Field(description="of one process in evaluation, in the same unit")
     accumulation: Count = Field(description="batches of a process that make one update")

@@ -20,6 +20,9 @@ EXPERIMENTS = {
     "image_classification": "deit_...",
     "language_modeling": "lm_...",
     "translation": "mt_...",
+    "retrieval": "retrieval_...",
+    "max_retrieval": "max_retrieval_...",
+    "associative_recall": "recall_...",
 }
 
 
