@@ -126,23 +126,55 @@ def check_device(like: Tensor, **tensors: Tensor | None) -> None:
             )
 
 
-def masked_softmax(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+def masked_softmax(
+    scores: Tensor, dim: int, mask: Tensor | None, sink: Tensor | None = None
+) -> Tensor:
     """SoftMax over the entries where `mask` is True and the score is not -inf; exactly 0 elsewhere.
 
     The fill is finite so that an all-masked row (all zeros) stays free of NaN in both directions;
     the second `masked_fill` makes its zeros and its zero gradients exact.
+
+    Args:
+        scores: real, any shape, in compute precision.
+        dim: the dimension that sums to one.
+        mask: bool, broadcastable to `scores`, or None.
+        sink: broadcastable to `scores` with size 1 along `dim`: the score of one more entry, which
+            takes its share and is not returned; or None.
     """
     hidden = hidden_entries(scores, mask)
-    lowest = torch.finfo(scores.dtype).min
-    return torch.softmax(scores.masked_fill(hidden, lowest), dim).masked_fill(hidden, 0.0)
+    filled = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    probabilities = torch.softmax(filled, dim)
+    if sink is not None:
+        probabilities = probabilities * torch.sigmoid(_log_sum(filled, dim) - sink)
+    return probabilities.masked_fill(hidden, 0.0)
 
 
-def masked_log_softmax(scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
+def masked_log_softmax(
+    scores: Tensor, dim: int, mask: Tensor | None, sink: Tensor | None = None
+) -> Tensor:
     """The logarithm of `masked_softmax`: -inf where that is masked."""
     hidden = hidden_entries(scores, mask)
-    lowest = torch.finfo(scores.dtype).min
-    logarithms = torch.log_softmax(scores.masked_fill(hidden, lowest), dim)
+    filled = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    logarithms = torch.log_softmax(filled, dim)
+    if sink is not None:
+        logarithms = logarithms + F.logsigmoid(_log_sum(filled, dim) - sink)
     return logarithms.masked_fill(hidden, -torch.inf)
+
+
+def _log_sum(scores: Tensor, dim: int) -> Tensor:
+    """log sum exp, of size 1 along `dim`; what it adds up to is the share that a sink leaves."""
+    return torch.logsumexp(scores, dim, keepdim=True)
+
+
+def soft_cap(scores: Tensor, cap: float, hidden: Tensor) -> Tensor:
+    """`cap * tanh(scores / cap)`; -inf, without a gradient, where `hidden`, and NaN for inf.
+
+    inf would count as an ordinary score.
+    """
+    spoilt = (scores == torch.inf) & ~hidden
+    nothing = torch.where(spoilt, torch.nan, 0.0).to(scores.dtype)
+    capped = cap * torch.tanh(scores / cap) + nothing
+    return capped.masked_fill(hidden, -torch.inf)
 
 
 def hidden_entries(scores: Tensor, mask: Tensor | None, floor: float = -torch.inf) -> Tensor:

@@ -29,6 +29,7 @@ from multimax.kernels.linear_loss import (
     triton_step,
 )
 from multimax.normalizers import EntMax, LogitNormalizer, Normalizer
+from multimax.normalizers.base import check_has_loss
 from multimax.normalizers.entmax import check_alpha, check_least_alpha, excess_of
 from multimax.normalizers.fenchel_young import fenchel_young_rows
 
@@ -224,8 +225,10 @@ class RowLosses:
             (rows,), fp32 or wider.
 
         Raises:
-            ValueError: no loss is registered for this class.
+            ValueError: no loss is registered for this class, its weights do not sum to one, or it
+                has scalars of heads.
         """
+        check_has_loss(normalizer)
         for kind in type(normalizer).__mro__:
             if kind in self._functions:
                 return self._functions[kind](normalizer, scores, target, label_smoothing)
@@ -246,13 +249,9 @@ def _(normalizer: LogitNormalizer, scores, target, label_smoothing):
 
 @row_losses.register(EntMax)
 def _(normalizer: EntMax, scores, target, label_smoothing):
-    if normalizer.heads is not None:
-        raise ValueError(
-            f"EntMax(heads={normalizer.heads}) has one alpha per head, but an output layer has no "
-            "heads: use heads=None"
-        )
+    scores = normalizer.scaled(scores)
     if normalizer.fixed_alpha == 1:  # the same number as SoftMax, for soft targets too
-        return _cross_entropy(to_compute_precision(scores), target, label_smoothing)
+        return _cross_entropy(scores, target, label_smoothing)
     return fenchel_young_rows(normalizer.excess, scores, target, label_smoothing)
 
 

@@ -131,7 +131,7 @@ def row_mean(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tenso
 
 
 def entropy(probabilities: Tensor, dim: int = -1) -> Tensor:
-    """Entropy in nats, with 0 log 0 = 0."""
+    """Entropy in nats, with 0 log 0 = 0; of weights that do not sum to one divide them first."""
     return torch.special.entr(to_compute_precision(probabilities)).sum(dim)
 
 
@@ -181,11 +181,11 @@ def modulator_health(
     return health
 
 
-def decreasing(module: MultiMax, scores: Tensor, mask: Tensor | None) -> Tensor:
+def decreasing(module: MultiMax, scores: Tensor, mask: Tensor | None, dim: int = -1) -> Tensor:
     """1 where the modulator decreases, 0 where not, NaN where masked."""
     _, x, mask = _prepare(scores, scores, mask)
     with torch.no_grad():
-        return (module.derivative(x) < 0).to(x.dtype).masked_fill(~mask, math.nan)
+        return (module.derivative(x, dim, mask) < 0).to(x.dtype).masked_fill(~mask, math.nan)
 
 
 def _prepare(probabilities: Tensor, scores: Tensor, mask: Tensor | None):

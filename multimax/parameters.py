@@ -33,7 +33,8 @@ def named_scalars(learned: Mapping[str, list[float]]) -> dict[str, dict[str, lis
 
     Returns:
         Of MultiMax t_b, t_d, b and d, each with a value for every order; of SoftMax temperature; of
-        entmax alpha, with a value for every head that has its own; other scalars as they are.
+        entmax alpha; of a length scale s, of adaptive-scalable entmax delta, beta and gamma; each
+        with a value for every head that has its own. Other scalars as they are.
     """
     named: dict[str, dict[str, list[float]]] = {}
     for parameter, values in learned.items():
@@ -44,6 +45,9 @@ def named_scalars(learned: Mapping[str, list[float]]) -> dict[str, dict[str, lis
             "ts": lambda v: {"t_b": 1 - v[0::2], "t_d": 1 + v[1::2]},
             "ranges": lambda v: {"b": v[0::2], "d": v[1::2]},
             "log_temperature": lambda v: {"temperature": v.exp()},
+            "log_length_factor": lambda v: {"s": v.exp()},
+            "log_delta": lambda v: {"delta": v.exp()},
+            "log_beta": lambda v: {"beta": v.exp()},
             "alpha_logit": lambda v: {"alpha": 1 + v.sigmoid()},
         }.get(name, lambda v, name=name: {name: v})
         layer |= {key: found.tolist() for key, found in as_named(v).items()}

@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from multimax.functional import to_compute_precision
 from multimax.metrics import (
     decreasing,
     entropy,
@@ -109,8 +110,9 @@ class NormalizerRecorder(Recorder):
 
         The measures are "entropy", "support_size", "sparsity", "uniform_sparsity",
         "multi_modality" (values are rows; all-masked rows, and rows for which a measure is not
-        defined, are left out) and, for MultiMax, "decreasing_share" (values are allowed scores). A
-        module that was not called has NaN with count 0.
+        defined, are left out); for MultiMax "decreasing_share" (values are allowed scores); and
+        where rows need not sum to one, "mass", their sum, of whose shares entropy then is. A module
+        that was not called has NaN with count 0.
         """
         result = {}
         for name, module in self._modules.items():
@@ -136,9 +138,9 @@ class NormalizerRecorder(Recorder):
     def record(self, name: str, seen: Normalization) -> None:
         module = self._modules[name]
         ranked = seen.scores if seen.bias is None else seen.scores + seen.bias
-        measures = _measure(seen.probabilities, ranked, seen.dim, seen.mask)
+        measures = _measure(seen.probabilities, ranked, seen.dim, seen.mask, module.sums_to_one)
         if isinstance(module, MultiMax):
-            measures["decreasing_share"] = decreasing(module, seen.scores, seen.mask)
+            measures["decreasing_share"] = decreasing(module, seen.scores, seen.mask, seen.dim)
         for measure, values in measures.items():
             mean, count = mean_of_defined(values)
             self._totals[name][measure] += mean * count if count else 0.0
@@ -147,10 +149,11 @@ class NormalizerRecorder(Recorder):
 
 def _measures(module: Normalizer) -> list[str]:
     names = ["entropy", "support_size", "sparsity", "uniform_sparsity", "multi_modality"]
+    names += [] if module.sums_to_one else ["mass"]
     return [*names, "decreasing_share"] if isinstance(module, MultiMax) else names
 
 
-def _measure(probabilities, scores, dim, mask) -> dict[str, Tensor]:
+def _measure(probabilities, scores, dim, mask, sums_to_one) -> dict[str, Tensor]:
     """The values of each measure that every normalizer has; NaN where there is none."""
     threshold = row_mean(scores, dim, mask)
     own, uniform = (
@@ -158,8 +161,15 @@ def _measure(probabilities, scores, dim, mask) -> dict[str, Tensor]:
         for reference in (softmax_reference, uniform_reference)
     )
     empty = threshold.squeeze(dim).isnan()
+    mass = {}
+    shares = probabilities
+    if not sums_to_one:
+        total = to_compute_precision(probabilities).sum(dim, keepdim=True)
+        shares = probabilities / total  # NaN where there is none
+        mass = {"mass": total.squeeze(dim).masked_fill(empty, math.nan)}
     return {
-        "entropy": entropy(probabilities, dim).masked_fill(empty, math.nan),
+        **mass,
+        "entropy": entropy(shares, dim).masked_fill(empty, math.nan),
         "support_size": support_size(probabilities, dim).float().masked_fill(empty, math.nan),
         "sparsity": own,
         "uniform_sparsity": uniform,

@@ -14,7 +14,7 @@ from multimax.kernels import c_library
 from multimax.kernels.backend import chosen_backend, graph_obstacle, refuse
 
 MOST_ORDER = 2  # of the modulator
-NO_MODULATOR = f"it is no SoftMax of scores with a modulator of order <= {MOST_ORDER}"
+NO_MODULATOR = f"it is no SoftMax of scores with a modulator of order <= {MOST_ORDER} alone"
 
 
 def usable(scores: Tensor, what: Any, lacks: str | None = None) -> bool:

@@ -12,6 +12,7 @@ from multimax.functional import function_transforms_active, values_known
 from multimax.losses import linear_output_loss, output_loss
 from multimax.models.output import word_embedding
 from multimax.normalizers import Normalizer, build_normalizer
+from multimax.normalizers.base import check_has_loss
 
 
 class AdaptiveInput(nn.Module):
@@ -181,6 +182,7 @@ class AdaptiveOutput(nn.Module):
         # All in one fork: one `build_preserving_rng` after the other would draw the same numbers.
         with torch.random.fork_rng(devices=[]):
             normalizers = [build_normalizer(**normalizer) for _ in self.bands]
+        check_has_loss(normalizers[0])
         self.normalizers: nn.ModuleList = nn.ModuleList(normalizers)
         self.register_buffer("version", torch.tensor([1]))
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimax.losses import linear_output_loss
-from multimax.normalizers import Normalizer, build_preserving_rng
+from multimax.normalizers import Normalizer, build_for_output
 
 
 def word_embedding(size: int, embed_dim: int, padding_index: int | None) -> nn.Embedding:
@@ -34,7 +34,7 @@ class Output(nn.Module):
         super().__init__()
         self.weight = weight
         self.padding_index = padding_index
-        self.normalizer: Normalizer = build_preserving_rng(normalizer)
+        self.normalizer: Normalizer = build_for_output(normalizer)
 
     @property
     def sparse(self) -> bool:

@@ -18,7 +18,7 @@ from multimax.attention import attention
 from multimax.functional import function_transforms_active
 from multimax.models.official_names import rename_official_keys
 from multimax.models.sharing import share_scalars, take_shared
-from multimax.normalizers import Normalizer, build_for_attention, build_preserving_rng
+from multimax.normalizers import Normalizer, build_for_attention, build_for_output
 from multimax.options import Count, Depth, Rate, Width, checked
 
 
@@ -242,7 +242,7 @@ def build_vision_transformer(
     model = _check_model(model, architecture, image_size)
     if isinstance(model.cls_token, nn.Parameter):
         nn.init.trunc_normal_(model.cls_token, std=0.02)  # timm has moved to 1e-6 since DeiT
-    model.output = build_preserving_rng(output)
+    model.output = build_for_output(output)
     model.set_grad_checkpointing(gradient_checkpointing)
     model.register_load_state_dict_pre_hook(rename_official_keys)
     if shared:

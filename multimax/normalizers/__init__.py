@@ -6,21 +6,27 @@ from typing import Any
 import torch
 
 from multimax.functional import modulate, modulate_derivative
-from multimax.normalizers.base import LogitNormalizer, Normalizer
+from multimax.normalizers.asentmax import ASEntMax
+from multimax.normalizers.base import LogitNormalizer, Normalizer, check_has_loss
 from multimax.normalizers.entmax import EntMax, EntMax15, entmax, entmax15
 from multimax.normalizers.evsoftmax import EvSoftMax, evsoftmax
 from multimax.normalizers.modulated import ModulatedSoftMax
 from multimax.normalizers.multimax import MultiMax, multimax
+from multimax.normalizers.sigmoid import Sigmoid, sigmoid
 from multimax.normalizers.softmax import SoftMax, softmax
+from multimax.normalizers.softpick import Softpick, softpick
 from multimax.normalizers.sparsemax import SparseMax, sparsemax
 from multimax.normalizers.topk import TopK, topk
 from multimax.registry import build
 
 NORMALIZERS: dict[str, type[Normalizer]] = {
     "softmax": SoftMax,
+    "softpick": Softpick,
+    "sigmoid": Sigmoid,
     "topk": TopK,
     "sparsemax": SparseMax,
     "entmax15": EntMax15,
+    "asentmax": ASEntMax,
     "entmax": EntMax,
     "evsoftmax": EvSoftMax,
     "multimax": MultiMax,
@@ -28,6 +34,7 @@ NORMALIZERS: dict[str, type[Normalizer]] = {
 
 __all__ = [
     "NORMALIZERS",
+    "ASEntMax",
     "EntMax",
     "EntMax15",
     "EvSoftMax",
@@ -35,10 +42,13 @@ __all__ = [
     "ModulatedSoftMax",
     "MultiMax",
     "Normalizer",
+    "Sigmoid",
     "SoftMax",
+    "Softpick",
     "SparseMax",
     "TopK",
     "build_for_attention",
+    "build_for_output",
     "build_normalizer",
     "build_preserving_rng",
     "entmax",
@@ -49,7 +59,9 @@ __all__ = [
     "multimax",
     "options_in_attention",
     "registered_normalizers",
+    "sigmoid",
     "softmax",
+    "softpick",
     "sparsemax",
     "topk",
 ]
@@ -104,6 +116,17 @@ def build_for_attention(options: Mapping[str, Any], num_heads: int, head_dim: in
             f"heads={heads} of the attention normalizer does not go with num_heads={num_heads}: "
             f"use heads={num_heads}, or None for scalars that the heads share"
         )
+    return normalizer
+
+
+def build_for_output(options: Mapping[str, Any]) -> Normalizer:
+    """`build_preserving_rng` for an output layer.
+
+    Raises:
+        ValueError: as there, or no loss belongs to the normalizer.
+    """
+    normalizer = build_preserving_rng(options)
+    check_has_loss(normalizer)
     return normalizer
 
 

@@ -16,7 +16,7 @@ from multimax.functional import (
     values_known,
 )
 from multimax.kernels import c_rows
-from multimax.normalizers.base import Normalizer
+from multimax.normalizers.base import REFERENCE_LENGTH, LengthScale, Normalizer
 from multimax.normalizers.entmax_solver import NEAR_ONE, curvature, solve
 
 
@@ -211,21 +211,26 @@ class EntMax(Normalizer):
         alpha: >= 1 if fixed; in (1, 2), where it starts, if learned (it stays in that interval).
         learned: train alpha, as in Correia et al. 2019.
         heads: with `learned`, one alpha for each of this many heads; scores must then be of shape
-            (..., heads, queries, keys). None shares one alpha.
+            (..., heads, queries, keys). None shares one alpha. With `length_scale` one factor too.
+        length_scale, reference_length: as in `Normalizer`.
 
     Raises:
-        ValueError: `alpha` is out of range, or `heads` is given for a fixed alpha.
+        ValueError: `alpha` is out of range, or `heads` is given and nothing is learned.
     """
 
-    def __init__(self, alpha: float = 1.5, learned: bool = False, heads: int | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        alpha: float = 1.5,
+        learned: bool = False,
+        heads: int | None = None,
+        length_scale: LengthScale | None = None,
+        reference_length: int = REFERENCE_LENGTH,
+    ) -> None:
+        super().__init__(length_scale, reference_length, heads, other_heads=learned)
         check_alpha(alpha)
-        if heads is not None and (not learned or heads < 1):
-            raise ValueError(f"heads={heads} needs learned=True and heads >= 1")
         if learned and not 1 < alpha < 2:
             raise ValueError(f"a learned alpha must start inside (1, 2), got {alpha}")
         self.fixed_alpha: float | None = None if learned else float(alpha)
-        self.heads = heads
         if learned:
             self.alpha_logit: nn.Parameter = nn.Parameter(
                 torch.full((heads or 1,), math.log((alpha - 1) / (2 - alpha)))
@@ -250,7 +255,13 @@ class EntMax(Normalizer):
         excess = self.excess
         if isinstance(excess, Tensor) and self.heads:
             excess = excess[:, None, None]  # one for each head
-        return entmax_of_excess(scores, excess, dim, mask)
+        return entmax_of_excess(self.scaled(scores, dim, mask), excess, dim, mask).to(scores.dtype)
+
+    def scaled(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+        """The scores, in fp32 or wider, whose entmax `forward` is: times a length scale."""
+        x = to_compute_precision(scores)
+        check_mask(mask, x.shape)
+        return self.scaled_by_length(x, dim, mask)
 
     @property
     def sparse(self) -> bool:
@@ -261,14 +272,12 @@ class EntMax(Normalizer):
     ) -> Tensor:
         if self.sparse:
             return super().log_probabilities(scores, dim, mask)
-        x = to_compute_precision(scores)
-        check_mask(mask, x.shape)
-        return masked_log_softmax(x, dim, mask)
+        return masked_log_softmax(self.scaled(scores, dim, mask), dim, mask)
 
     def extra_repr(self) -> str:
-        if self.fixed_alpha is not None:
-            return f"alpha={self.fixed_alpha:g}"
-        return "alpha=learned" + (f", heads={self.heads}" if self.heads else "")
+        fixed = self.fixed_alpha
+        shown = "alpha=learned" if fixed is None else f"alpha={fixed:g}"
+        return ", ".join(filter(None, [shown, super().extra_repr()]))
 
 
 def entmax15(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
@@ -277,7 +286,16 @@ def entmax15(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tenso
 
 
 class EntMax15(EntMax):
-    """1.5-entmax."""
+    """1.5-entmax.
 
-    def __init__(self) -> None:
-        super().__init__(alpha=1.5)
+    Args:
+        length_scale, reference_length, heads: as in `Normalizer`.
+    """
+
+    def __init__(
+        self,
+        length_scale: LengthScale | None = None,
+        reference_length: int = REFERENCE_LENGTH,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__(1.5, False, heads, length_scale, reference_length)

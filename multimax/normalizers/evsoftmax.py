@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from multimax.functional import check_mask, hidden_entries, to_compute_precision
+from multimax.normalizers.base import REFERENCE_LENGTH, LengthScale
 from multimax.normalizers.truncated import TruncatedSoftMax, check_floor, truncated_softmax
 
 
@@ -55,13 +56,20 @@ class EvSoftMax(TruncatedSoftMax):
     Args:
         floor: in (0, 1), what is left of the SoftMax weight below the mean in training and in the
             loss; in evaluation it is 0.
+        length_scale, reference_length, heads: as in `TruncatedSoftMax`.
     """
 
-    def __init__(self, floor: float = 1e-6) -> None:
-        super().__init__(floor, training_floor=True)
+    def __init__(
+        self,
+        floor: float = 1e-6,
+        length_scale: LengthScale | None = None,
+        reference_length: int = REFERENCE_LENGTH,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__(floor, True, length_scale, reference_length, heads)
 
     def keep(self, scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
         return _keep(scores, dim, mask)
 
     def extra_repr(self) -> str:
-        return f"floor={self.floor:g}"
+        return ", ".join(filter(None, [f"floor={self.floor:g}", super().extra_repr()]))

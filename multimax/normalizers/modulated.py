@@ -1,21 +1,74 @@
 """SoftMax of modulated scores: the modulator of MultiMax, and the form that the kernels accept."""
 
+import math
 from abc import abstractmethod
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from multimax.functional import check_mask, masked_softmax, to_compute_precision
+from multimax.functional import (
+    MASK_FLOOR,
+    check_mask,
+    check_not_nested,
+    masked_log_softmax,
+    masked_softmax,
+    soft_cap,
+    to_compute_precision,
+)
 from multimax.kernels import c_rows
-from multimax.normalizers.base import LogitNormalizer
+from multimax.normalizers.base import REFERENCE_LENGTH, LengthScale, LogitNormalizer
 
 
 class ModulatedSoftMax(LogitNormalizer):
     """SoftMax of scores that are first changed one by one: the form that fused kernels accept.
 
+    The steps, of which each but the last may be missing: length scale "scores", modulation, cap,
+    length scale "modulated", bias, SoftMax with a sink. The kernels take none of length scale, cap
+    and sink yet: a normalizer with one is not `fusible`.
+
     A subclass that overrides `modulate`, `forward` or `biased` is not fused unless it also
     overrides `coefficients`, with `fusible`.
+
+    Args:
+        length_scale, reference_length: as in `LogitNormalizer`.
+        heads: learn one factor of the length scale and one sink for each of this many heads; scores
+            must then be of shape (..., heads, queries, keys). None shares them.
+        softcap: c > 0 of c tanh(x / c), which keeps what SoftMax sees of the modulated scores
+            within (-c, c); None does not. The length scale "modulated" multiplies it.
+        sink: the score of an entry that takes its share of the mass and is not returned, so that
+            the rest sums to less than one; where it starts if learned. 0, not learned, adds 1 to
+            the denominator. None has none.
+        learned_sink: train the sink.
+
+    Raises:
+        ValueError: an option is out of range.
+
+    Source: of the cap Gemma Team, Gemma 2, 2024, arXiv 2408.00118; of the sink OpenAI, gpt-oss
+    model card, 2025, arXiv 2508.10925.
     """
+
+    def __init__(
+        self,
+        length_scale: LengthScale | None = None,
+        reference_length: int = REFERENCE_LENGTH,
+        heads: int | None = None,
+        softcap: float | None = None,
+        sink: float | None = None,
+        learned_sink: bool = True,
+    ) -> None:
+        if softcap is not None and not 0 < softcap < math.inf:
+            raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
+        if sink is not None and not math.isfinite(sink):
+            raise ValueError(f"sink must be a finite number or None, got {sink!r}")
+        learned = sink is not None and learned_sink
+        super().__init__(length_scale, reference_length, heads, other_heads=learned)
+        self.softcap = softcap
+        self.sink: nn.Parameter | float | None
+        if sink is not None and learned_sink:
+            self.sink = nn.Parameter(torch.full((heads or 1,), float(sink)))
+        else:
+            self.sink = sink
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -26,21 +79,67 @@ class ModulatedSoftMax(LogitNormalizer):
         } <= own.keys():
             type.__setattr__(cls, "fusible", property(lambda self: False))
 
+    @property
+    def fusible(self) -> bool:
+        """Whether no step is there that the kernels do not take."""
+        return self.length_scale is None and self.softcap is None and self.sums_to_one
+
+    @property
+    def sums_to_one(self) -> bool:
+        return self.sink is None
+
+    @property
+    def modulates_first(self) -> bool:
+        return self.length_scale != "scores"
+
     @abstractmethod
     def modulate(self, scores: Tensor) -> Tensor:
-        """Element-wise modulated scores, in compute precision (fp32 or wider)."""
+        """Element-wise modulated and capped scores, in compute precision (fp32 or wider)."""
+
+    def _capped(self, modulated: Tensor, scores: Tensor) -> Tensor:
+        """The modulated `scores`, capped; masked by what comes in, which the cap would lift."""
+        if self.softcap is None:
+            return modulated
+        return soft_cap(modulated, self.softcap, scores <= MASK_FLOOR)
+
+    def _sink(self, like: Tensor) -> Tensor | None:
+        if isinstance(self.sink, Tensor):
+            return self._of_heads(self.sink).to(like.dtype)
+        return None if self.sink is None else like.new_full((), self.sink)
 
     def normalize_modulated(
         self, modulated: Tensor, dim: int = -1, mask: Tensor | None = None
     ) -> Tensor:
-        return masked_softmax(modulated, dim, mask)
+        if not self.modulates_first:
+            raise ValueError(
+                "length_scale='scores' is before the modulation: use length_scale='modulated' "
+                "where the scores are masked after it"
+            )
+        scaled = self.scaled_by_length(modulated, dim, mask, -torch.inf)
+        return masked_softmax(scaled, dim, mask, self._sink(scaled))
 
     def logits(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
-        return self.modulate(scores)
+        """What SoftMax is taken of (fp32 or wider), -inf where a length scale is and masks."""
+        x = to_compute_precision(scores)
+        if self.length_scale is None:
+            return self.modulate(x)
+        if self.length_scale == "scores":
+            return self.modulate(self.scaled_by_length(x, dim, mask))
+        modulated = self.modulate(x.masked_fill(x <= MASK_FLOOR, -torch.inf))
+        return self.scaled_by_length(modulated, dim, mask, -torch.inf)
+
+    def log_probabilities(
+        self, scores: Tensor, dim: int = -1, mask: Tensor | None = None
+    ) -> Tensor:
+        check_not_nested(scores)
+        check_mask(mask, scores.shape)
+        logits = self.logits(scores, dim, mask)
+        return masked_log_softmax(logits, dim, mask, self._sink(logits))
 
     def biased(
         self, scores: Tensor, bias: Tensor, mask: Tensor | None = None, place: str = "after"
     ) -> Tensor:
+        """As `Normalizer.biased`; a bias "after" the modulation is after the length scale too."""
         if place == "before":
             return super().biased(scores, bias, mask)
         return self(scores, mask=mask, bias=bias)
@@ -61,9 +160,16 @@ class ModulatedSoftMax(LogitNormalizer):
         if not c_rows.usable(x, self, lacks):
             if mask is not None and self._parameters:  # whose gradient would be 0 times inf
                 x = x.masked_fill(~mask, 0.0)
-            modulated = self.modulate(x)
+            logits = self.logits(x, dim, mask)
             if bias is not None:
-                modulated = modulated + bias.to(x.dtype)
-            return masked_softmax(modulated, dim, mask).to(scores.dtype)
+                logits = logits + bias.to(x.dtype)
+            return masked_softmax(logits, dim, mask, self._sink(logits)).to(scores.dtype)
         coefficients = self.coefficients(x.dtype, x.device)
         return c_rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)
+
+    def extra_repr(self) -> str:
+        cap = "" if self.softcap is None else f"softcap={self.softcap:g}"
+        sink = "" if self.sink is None else f"sink={self.sink}"
+        if isinstance(self.sink, Tensor):
+            sink = "sink=learned"
+        return ", ".join(filter(None, [super().extra_repr(), cap, sink]))

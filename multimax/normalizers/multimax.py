@@ -15,6 +15,7 @@ from multimax.functional import (
     to_compute_precision,
 )
 from multimax.kernels import c_rows
+from multimax.normalizers.base import REFERENCE_LENGTH, LengthScale
 from multimax.normalizers.modulated import ModulatedSoftMax
 
 HIGHEST_ORDER = 8  # the powers of higher ones leave fp32
@@ -67,15 +68,19 @@ class MultiMax(ModulatedSoftMax):
         order: N of the modulator, up to 8; 2 is the paper's (8 scalars).
         init: "paper" draws `ts` and `ranges` from a normal of standard deviation 0.02, truncated;
             "identity" starts `ts` at 0, which is plain SoftMax: use it inside a pretrained model.
+            "separated" starts with the low range ending at 0, the high one beginning at 1, and both
+            falling away from each other: ts of -0.1 for order 1, -0.01 for order 2, and so on.
         affine: also learn a scale and a shift of the scores, sigma(scale x + shift), as the first-
             order variant "V2" of the official code does.
         score_scale: a factor c that the scores come with and that acts after the modulation
             instead, c sigma(x / c): 1 / sqrt(head_dim) modulates the dot products of attention
             before they are scaled. The kernels compute it too.
+        length_scale, reference_length, heads, softcap, sink, learned_sink: as in
+            `ModulatedSoftMax`. The heads share the modulator.
 
     Raises:
-        ValueError: `order` is not a positive integer, `init` is unknown, or `score_scale` is not a
-            positive number.
+        ValueError: `order` is not a positive integer, `init` is unknown, `score_scale` is not a
+            positive number, or an option of `ModulatedSoftMax` is out of range.
     """
 
     def __init__(
@@ -84,12 +89,18 @@ class MultiMax(ModulatedSoftMax):
         init: str = "paper",
         affine: bool = False,
         score_scale: float = 1.0,
+        length_scale: LengthScale | None = None,
+        reference_length: int = REFERENCE_LENGTH,
+        heads: int | None = None,
+        softcap: float | None = None,
+        sink: float | None = None,
+        learned_sink: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(length_scale, reference_length, heads, softcap, sink, learned_sink)
         if not isinstance(order, int) or not 1 <= order <= HIGHEST_ORDER:
             raise ValueError(f"order must be an integer in [1, {HIGHEST_ORDER}], got {order!r}")
-        if init not in ("paper", "identity"):
-            raise ValueError(f"init must be 'paper' or 'identity', got {init!r}")
+        if init not in ("paper", "identity", "separated"):
+            raise ValueError(f"init must be 'paper', 'identity' or 'separated', got {init!r}")
         if not 0 < score_scale < math.inf:
             raise ValueError(f"score_scale must be a positive number, got {score_scale!r}")
         self.init = init
@@ -103,12 +114,17 @@ class MultiMax(ModulatedSoftMax):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the scalars anew, as `init` says."""
+        """Draw the scalars of the modulator anew, as `init` says."""
         nn.init.trunc_normal_(self.ranges, std=0.02)
         if self.init == "paper":
             nn.init.trunc_normal_(self.ts, std=0.02)
-        else:
+        elif self.init == "identity":
             nn.init.zeros_(self.ts)
+        else:
+            with torch.no_grad():
+                for n in range(self.order):
+                    self.ts[2 * n : 2 * n + 2].fill_(-(0.1 ** (n + 1)))
+                    self.ranges[2 * n : 2 * n + 2].copy_(torch.arange(2))
         if self.affine:
             nn.init.ones_(self.scale)
             nn.init.zeros_(self.shift)
@@ -158,7 +174,7 @@ class MultiMax(ModulatedSoftMax):
 
     @property
     def fusible(self) -> bool:
-        return self.order <= c_rows.MOST_ORDER
+        return super().fusible and self.order <= c_rows.MOST_ORDER
 
     def coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.affine:
@@ -168,13 +184,27 @@ class MultiMax(ModulatedSoftMax):
         return torch.cat([scale, shift, *self._modulator()]).to(device, dtype)
 
     def modulate(self, scores: Tensor) -> Tensor:
-        return modulate(self._transform(scores), *self._modulator())
+        return self._capped(modulate(self._transform(scores), *self._modulator()), scores)
 
-    def derivative(self, scores: Tensor) -> Tensor:
-        """d sigma / d score, in fp32 or wider; negative where the order of scores flips."""
-        slope = modulate_derivative(self._transform(scores), *self._modulator())
+    def derivative(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
+        """d sigma / d score, in fp32 or wider; negative where the order of scores flips.
+
+        It is taken at the scores that the modulator sees, without the factor of a length scale and
+        the slope of a cap, which are positive.
+
+        Args:
+            scores: real, any shape.
+            dim: the dimension that sums to one, and
+            mask: bool or None; both for the number of entries of a length scale "scores" alone.
+        """
+        x = to_compute_precision(scores)
+        if self.length_scale == "scores":
+            x = self.scaled_by_length(x, dim, mask)
+        slope = modulate_derivative(self._transform(x), *self._modulator())
         return slope * self.scale.to(slope.dtype) if self.affine else slope
 
     def extra_repr(self) -> str:
         shown = f"order={self.order}, init={self.init!r}" + (", affine=True" if self.affine else "")
-        return shown if self.score_scale == 1 else f"{shown}, score_scale={self.score_scale:.4g}"
+        if self.score_scale != 1:
+            shown += f", score_scale={self.score_scale:.4g}"
+        return ", ".join(filter(None, [shown, super().extra_repr()]))

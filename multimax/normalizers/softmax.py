@@ -12,6 +12,7 @@ from multimax.functional import (
     to_compute_precision,
 )
 from multimax.kernels import c_rows
+from multimax.normalizers.base import REFERENCE_LENGTH, LengthScale
 from multimax.normalizers.modulated import ModulatedSoftMax
 
 # Scores up to 3e8 stay in fp32 when they are divided by the least one.
@@ -67,10 +68,22 @@ class SoftMax(ModulatedSoftMax):
     Args:
         temperature: in [1e-30, 1e30], the temperature, or where it starts when learned.
         learned: train the temperature (stored as its logarithm, so that it stays positive).
+        length_scale, reference_length, heads, softcap, sink, learned_sink: as in
+            `ModulatedSoftMax`.
     """
 
-    def __init__(self, temperature: float = 1.0, learned: bool = False) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        learned: bool = False,
+        length_scale: LengthScale | None = None,
+        reference_length: int = REFERENCE_LENGTH,
+        heads: int | None = None,
+        softcap: float | None = None,
+        sink: float | None = None,
+        learned_sink: bool = True,
+    ) -> None:
+        super().__init__(length_scale, reference_length, heads, softcap, sink, learned_sink)
         _check_temperature(temperature)
         if not LEAST_TEMPERATURE <= temperature <= LARGEST_TEMPERATURE:
             raise ValueError(
@@ -89,8 +102,8 @@ class SoftMax(ModulatedSoftMax):
         return self.log_temperature.exp()
 
     @property
-    def fusible(self) -> bool:
-        return True
+    def fusible(self) -> bool:  # repeated, since what overrides `modulate` must say it
+        return super().fusible
 
     def coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.fixed_temperature is None:
@@ -104,8 +117,9 @@ class SoftMax(ModulatedSoftMax):
         temperature = self.temperature
         if isinstance(temperature, Tensor):
             temperature = temperature.squeeze(0)  # of no dimension, as the scores may be
-        return _scale(scores, temperature)
+        return self._capped(_scale(scores, temperature), scores)
 
     def extra_repr(self) -> str:
         fixed = self.fixed_temperature
-        return "temperature=learned" if fixed is None else f"temperature={fixed:g}"
+        shown = "temperature=learned" if fixed is None else f"temperature={fixed:g}"
+        return ", ".join(filter(None, [shown, super().extra_repr()]))

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from multimax.normalizers.base import REFERENCE_LENGTH, LengthScale
 from multimax.normalizers.entmax import EntMax, entmax
 
 
@@ -26,7 +27,16 @@ def sparsemax(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tens
 
 
 class SparseMax(EntMax):
-    """The Euclidean projection of the scores onto the probability simplex."""
+    """The Euclidean projection of the scores onto the probability simplex.
 
-    def __init__(self) -> None:
-        super().__init__(alpha=2.0)
+    Args:
+        length_scale, reference_length, heads: as in `EntMax`.
+    """
+
+    def __init__(
+        self,
+        length_scale: LengthScale | None = None,
+        reference_length: int = REFERENCE_LENGTH,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__(2.0, False, heads, length_scale, reference_length)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from multimax.functional import check_mask, exporting, to_compute_precision
 from multimax.kernels import c_rows
+from multimax.normalizers.base import REFERENCE_LENGTH, LengthScale
 from multimax.normalizers.truncated import TruncatedSoftMax, truncated_softmax
 
 
@@ -71,14 +72,22 @@ class TopK(TruncatedSoftMax):
         k: >= 1; k-NN attention uses 100 of the 197 tokens of DeiT.
         floor: in (0, 1); as an output layer, the share of their SoftMax weight that the other
             entries keep in the loss, which would be infinite without it.
+        length_scale, reference_length, heads: as in `TruncatedSoftMax`.
     """
 
-    def __init__(self, k: int = 100, floor: float = 1e-6) -> None:
-        super().__init__(floor, training_floor=False)
+    def __init__(
+        self,
+        k: int = 100,
+        floor: float = 1e-6,
+        length_scale: LengthScale | None = None,
+        reference_length: int = REFERENCE_LENGTH,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__(floor, False, length_scale, reference_length, heads)
         self.k = _checked_k(k)
 
     def keep(self, scores: Tensor, dim: int, mask: Tensor | None) -> Tensor:
         return _keep(scores, self.k, dim, mask)
 
     def extra_repr(self) -> str:
-        return f"k={self.k}"
+        return ", ".join(filter(None, [f"k={self.k}", super().extra_repr()]))

@@ -8,7 +8,12 @@ from torch import Tensor
 
 from multimax.functional import check_mask, masked_softmax, to_compute_precision
 from multimax.kernels import c_rows
-from multimax.normalizers.base import LogitNormalizer, Normalizer
+from multimax.normalizers.base import (
+    REFERENCE_LENGTH,
+    LengthScale,
+    LogitNormalizer,
+    Normalizer,
+)
 
 
 def truncated_softmax(
@@ -50,10 +55,18 @@ class TruncatedSoftMax(LogitNormalizer):
     Args:
         floor: what is left of the weight of the other entries while training, in (0, 1); in
             evaluation they get exactly 0. `training_floor=False` gives zeros in training too.
+        length_scale, reference_length, heads: as in `Normalizer`.
     """
 
-    def __init__(self, floor: float, training_floor: bool) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        floor: float,
+        training_floor: bool,
+        length_scale: LengthScale | None = None,
+        reference_length: int = REFERENCE_LENGTH,
+        heads: int | None = None,
+    ) -> None:
+        super().__init__(length_scale, reference_length, heads)
         check_floor(floor)
         if not floor:
             raise ValueError("floor must be > 0: the loss of an exact zero is infinite")
@@ -67,12 +80,14 @@ class TruncatedSoftMax(LogitNormalizer):
     def forward(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         x = to_compute_precision(scores)
         check_mask(mask, x.shape)
+        x = self.scaled_by_length(x, dim, mask)
         floor = self.floor if self.training and self.training_floor else 0.0
         return truncated_softmax(x, self.keep(x, dim, mask), dim, mask, floor).to(scores.dtype)
 
     def logits(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         x = to_compute_precision(scores)
         check_mask(mask, x.shape)
+        x = self.scaled_by_length(x, dim, mask)
         return floored_logits(x, self.keep(x, dim, mask), self.floor)
 
     @property

@@ -13,6 +13,7 @@ from multimax.normalizers import (
     Normalizer,
     build_preserving_rng,
 )
+from multimax.normalizers.base import check_has_loss
 from multimax.replacement.classes import qualified_name
 from multimax.replacement.interception import derive
 from multimax.replacement.transformers_route import head_obstacle
@@ -53,6 +54,7 @@ def find(model: nn.Module, options: Mapping[str, Any]) -> Head:
             f"output=True: {options['name']} is not SoftMax of other scores, so that cross-entropy "
             "is not its loss: use multimax.output_loss(normalizer, scores, target) in your training"
         )
+    check_has_loss(normalizer)
     layer = output_layer(model)
     if layer is None:
         raise ValueError(
@@ -63,7 +65,8 @@ def find(model: nn.Module, options: Mapping[str, Any]) -> Head:
     if obstacle is not None:
         raise ValueError(f"output=True: {type(model).__name__}: {obstacle}")
     names = {module: name for name, module in model.named_modules()}
-    if names[layer] == "qa_outputs" and not isinstance(normalizer, ModulatedSoftMax):
+    single = isinstance(normalizer, ModulatedSoftMax) and normalizer.length_scale is None
+    if names[layer] == "qa_outputs" and not single:
         raise ValueError(
             "output=True: SoftMax of qa_outputs is over positions, which its layer does not see; "
             f"only a modulation of single scores can be put there, {options['name']} is none"

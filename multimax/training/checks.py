@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from multimax.models.sharing import check_shareable, take_shared
-from multimax.normalizers import Normalizer, build_for_attention, build_preserving_rng
+from multimax.normalizers import Normalizer, build_for_attention, build_for_output
 from multimax.options import as_typed
 from multimax.training.optimization import build_optimizer
 
@@ -17,7 +17,7 @@ def check_settings(config: Any) -> None:
     """Raise ValueError for settings that do not go with each other; the message names one."""
     _check_heads(config)
     _check_normalizer("attention", config.attention.given(), _build_shared_attention)
-    _check_normalizer("output", config.output.given(), build_preserving_rng)
+    _check_normalizer("output", config.output.given(), build_for_output)
     _check_attention_of_model(config)
     _check_length(config)
     _check_rates(config)
@@ -90,7 +90,7 @@ def _check_heads(config: Any) -> None:
         if there is not None and heads not in (None, 1, there):
             raise ValueError(
                 f"{place}.heads={heads} is not model.num_heads={there}: use {place}.heads={there}, "
-                "or null for one alpha of all heads"
+                "or null for scalars that the heads share"
             )
     heads = config.output.given().get("heads")
     if heads is not None:

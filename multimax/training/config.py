@@ -40,7 +40,11 @@ NOT_IN_HASH_NESTED: dict[str, tuple[str, ...]] = {
     "data": ("root", "num_workers", "cache"),
 }
 # Newer settings, with what was there before them: that is not in the hash, as in older folders.
-NEWER: dict[str, dict[str, Any]] = {"attention": {"shared": False, "before_scale": False}}
+_OF_NORMALIZER: dict[str, Any] = {"reference_length": 64, "learned_sink": True}
+NEWER: dict[str, dict[str, Any]] = {
+    "attention": {"shared": False, "before_scale": False} | _OF_NORMALIZER,
+    "output": _OF_NORMALIZER,
+}
 NOT_SET = ("score_scale",)  # of a normalizer: attention sets it, see `build_for_attention`
 
 

@@ -22,6 +22,7 @@ SCHEMA = 2
 PACKAGES = ("multimax", "torch", "torchvision", "timm", "accelerate", "hydra-core", "numpy")
 COLUMNS = {
     "entropy": "entropy",
+    "mass": "mass",
     "support_size": "support",
     "sparsity": "S",
     "uniform_sparsity": "S, s=0.1/n",

@@ -51,7 +51,8 @@ class NormalizedAttention(MultiheadAttention):
 
     def apply_sparse_mask(self, attn_weights: Tensor, *_: Any) -> Tensor:
         """The scores that are masked next; fairseq calls this between QK^T and the masks."""
-        return attn_weights if self._plain else self.normalizer.modulate(attn_weights)
+        first = self.normalizer.modulates_first and not self._plain
+        return self.normalizer.modulate(attn_weights) if first else attn_weights
 
     def forward(
         self,
@@ -90,9 +91,9 @@ class NormalizedAttention(MultiheadAttention):
         if self._plain:
             return masked_softmax(scores, -1, mask)
         by_head = (rows, self.num_heads, *scores.shape[1:])
-        probabilities = self.normalizer.normalize_modulated(
-            scores.view(by_head), mask=mask.view(by_head)
-        )
+        module = self.normalizer
+        normalize = module.normalize_modulated if module.modulates_first else module
+        probabilities = normalize(scores.view(by_head), mask=mask.view(by_head))
         return probabilities.view(scores.shape)
 
     def _weighted_sum(self, probabilities: Tensor, values: Tensor, rows: int) -> Tensor:

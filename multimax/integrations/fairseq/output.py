@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from multimax.functional import to_compute_precision
 from multimax.losses import output_loss
 from multimax.normalizers import Normalizer, build_normalizer
+from multimax.normalizers.base import check_has_loss
 
 
 def normalize_output(decoder: nn.Module, normalizer: Mapping[str, Any]) -> None:
@@ -25,6 +26,7 @@ def normalize_output(decoder: nn.Module, normalizer: Mapping[str, Any]) -> None:
     """
     if dict(normalizer) == {"name": "softmax"}:
         return
+    check_has_loss(build_normalizer(**normalizer))
     output = decoder_output(decoder)
     if type(output) is nn.Linear:
         output.__class__ = NormalizedOutput
