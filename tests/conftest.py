@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
-from normalizer_cases import CASES, build_case
+from normalizer_cases import CASES, WEIGHTS, build_case
 
 # Settings of whoever runs the tests, which are not those of the tests; a test that is about them
 # sets its own. What is started in a process of its own is spared them too.
@@ -40,7 +40,15 @@ def normalizer(request, _seed):
     return build_case(request.param)
 
 
-@pytest.fixture(params=[case for case, (name, _) in CASES.items() if name != "multimax"])
+@pytest.fixture(params=[case for case in CASES if case not in WEIGHTS])
+def distribution(request, _seed):
+    """The cases whose rows sum to one."""
+    return build_case(request.param)
+
+
+@pytest.fixture(
+    params=[c for c, (name, _) in CASES.items() if name != "multimax" and c not in WEIGHTS]
+)
 def order_preserving(request, _seed):
     """The cases that look at differences of scores only, and never give a larger score less."""
     return build_case(request.param)

@@ -21,7 +21,14 @@ CASES |= {
     "multimax-3": ("multimax", {"order": 3}),
     "multimax-affine": ("multimax", {"affine": True}),
     "multimax-before-scale": ("multimax", {"affine": True, "score_scale": 0.4}),
+    "multimax-scaled": ("multimax", {"length_scale": "modulated"}),
+    "multimax-steps": (
+        "multimax",
+        {"order": 1, "affine": True, "length_scale": "scores", "softcap": 8.0, "sink": 0.5},
+    ),
 }
+# Whose rows do not sum to one.
+WEIGHTS = ("softpick", "sigmoid", "multimax-steps")
 
 
 def build_case(case):

@@ -29,10 +29,15 @@ ANY = Dim.DYNAMIC
 ROWS, TOKENS = {0: ANY, 2: ANY, 3: ANY}, {0: ANY, 1: ANY}
 
 OVER_QUERIES = [f"{name}-over-queries" for name in ("topk-3", "sparsemax")]
-# Their code is that of entmax-heads, multimax and softmax.
-REPEATED = ("entmax-learned", "entmax-1.2", "multimax-identity", "softmax-cold")
+# Their code is that of entmax-heads, multimax, softmax, multimax-steps and entmax.
+REPEATED = (
+    "entmax-learned", "entmax-1.2", "multimax-identity", "softmax-cold", "multimax-scaled",
+    "asentmax",
+)  # fmt: skip
 NORMALIZERS = [*(c for c in CASES if c not in REPEATED), "entmax-heads", *OVER_QUERIES]
-OPTIONS = {name: {} for name in registered_normalizers()} | {"topk": {"k": 3}}
+# Those in layers and behind models; entmax has the code of the two that are left out.
+OPTIONS = {name: {} for name in registered_normalizers() if name not in ("entmax15", "asentmax")}
+OPTIONS["topk"] = {"k": 3}
 LANGUAGE = dict(vocabulary_size=WORDS, padding_index=PADDING, ffn_dim=24, depth=len(OPTIONS))
 IMAGES = dict(num_classes=9, image_size=16, patch_size=8, depth=len(OPTIONS))
 MODELS: dict[str, dict[str, Any]] = {

@@ -10,9 +10,9 @@ from multimax.models.transformer import TranslationModel
 PAD, EOS, WORDS, SOURCE_WORDS = 1, 2, 12, 20
 SOFTMAX = {"name": "softmax"}
 SPARSEMAX = {"name": "sparsemax"}
-MAPPINGS = {name: {"name": name} for name in registered_normalizers()} | {
-    "topk": {"name": "topk", "k": 3}
-}
+# Of what may be an output layer too: softpick and sigmoid have no loss.
+BOTH = [name for name in registered_normalizers() if name not in ("softpick", "sigmoid")]
+MAPPINGS = {name: {"name": name} for name in BOTH} | {"topk": {"name": "topk", "k": 3}}
 SIZES = dict(embed_dim=16, ffn_dim=24, num_heads=4)
 
 

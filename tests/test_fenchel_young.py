@@ -166,7 +166,7 @@ def test_bad_alpha(class_scores, targets):
             fenchel_young_loss(class_scores, hard, alpha)
     with pytest.raises(ValueError, match=r"alpha must have one element, got shape \(2,\)"):
         fenchel_young_loss(class_scores, hard, torch.tensor([1.4, 1.5]))
-    with pytest.raises(ValueError, match=r"EntMax\(heads=4\) has one alpha per head"):
+    with pytest.raises(ValueError, match=r"EntMax\(.*, heads=4\) has scalars of heads"):
         output_loss(EntMax(1.5, learned=True, heads=4), class_scores, hard)
     with pytest.raises(ValueError, match="class dimension"):
         fenchel_young_loss(torch.tensor(1.0), torch.tensor(0))

@@ -281,8 +281,11 @@ def test_recorder_in_attention_of_any_normalizer(normalizer):
         attention(query, key, value, normalizer, causal=True)
     (name,) = recorder.summary()
     assert name == ""
-    assert recorder.summary()[name]["entropy_count"] == 10
-    assert 0 < recorder.summary()[name]["support_size"] <= 3
+    measures = recorder.summary()[name]
+    some = not normalizer.sums_to_one and 0 < measures["entropy_count"] < 10  # rows have weight
+    assert measures["support_size_count"] == 10
+    assert measures["entropy_count"] == 10 or some
+    assert 0 < measures["support_size"] <= 3
 
 
 @pytest.mark.parametrize("error", [False, True])

@@ -29,7 +29,10 @@ def test_an_unknown_name_lists_the_known():
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    [("softmax", "temperature, learned"), ("topk", "k, floor"), ("sparsemax", "none")],
+    [
+        ("topk", "k, floor, length_scale, reference_length, heads"),
+        ("sparsemax", "length_scale, reference_length, heads"),
+    ],
 )
 def test_an_unknown_option_lists_the_options(name, known):
     with pytest.raises(ValueError, match=f"{name!r} has no option temp; it has: {known}$"):
@@ -51,6 +54,18 @@ def test_an_unknown_option_lists_the_options(name, known):
         ("entmax", "heads", 0, {"learned": True}),
         *[("multimax", "order", order, {}) for order in (0, -1, 1.5, 9)],
         ("multimax", "init", "zeros", {}),
+        *[("softmax", "softcap", cap, {}) for cap in (0, -1.0, math.inf, math.nan)],
+        *[("multimax", "sink", sink, {}) for sink in (-math.inf, math.nan)],
+        *[("softpick", "eps", eps, {}) for eps in (0, -1.0, math.inf, math.nan)],
+        *[
+            (name, "length_scale", "row", {})
+            for name in registered_normalizers()[:-1]
+            if name != "asentmax"
+        ],
+        *[("asentmax", "reference_length", length, {}) for length in (1, 2.5)],
+        *[(name, "heads", 0, {"length_scale": "scores"}) for name in ("topk", "multimax")],
+        *[(name, "heads", 2, {}) for name in ("softmax", "sparsemax", "evsoftmax", "sigmoid")],
+        ("softmax", "heads", 2, {"sink": 0.0, "learned_sink": False}),
     ],
 )
 def test_an_option_out_of_range_names_its_value(name, option, value, others):

@@ -34,8 +34,8 @@ def check_gradients(check, module, scores, mask):
     return check(function, (scores, *values))
 
 
-def test_is_a_distribution(normalizer, scores):
-    probabilities = normalizer(scores)
+def test_is_a_distribution(distribution, scores):
+    probabilities = distribution(scores)
     assert probabilities.shape == scores.shape
     assert (probabilities >= 0).all()
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 3, 4))
@@ -196,7 +196,9 @@ def test_sparse_is_to_give_exact_zeros_in_evaluation(normalizer):
 
 def test_logits_of_what_is_dense_are_those_of_the_distribution(normalizer, scores):
     if not normalizer.sparse:
-        torch.testing.assert_close(normalizer.logits(scores).softmax(-1), normalizer(scores))
+        p = normalizer(scores)
+        shares = p / p.sum(-1, keepdim=True)
+        torch.testing.assert_close(normalizer.logits(scores).softmax(-1), shares)
 
 
 def test_a_new_normalizer_of_logits_is_dense(scores):
@@ -220,25 +222,34 @@ def test_a_new_normalizer_of_logits_is_dense(scores):
 def test_modulation_may_precede_the_mask(normalizer, scores, mask):
     modulated = normalizer.modulate(scores)
     assert modulated.shape == scores.shape
-    p = normalizer.normalize_modulated(modulated, mask=mask)
-    torch.testing.assert_close(p, normalizer(scores, mask=mask))
     torch.testing.assert_close(normalizer.modulate(scores[0]), modulated[0])
+    if normalizer.modulates_first:
+        p = normalizer.normalize_modulated(modulated, mask=mask)
+        torch.testing.assert_close(p, normalizer(scores, mask=mask))
+    else:
+        with pytest.raises(ValueError, match="use length_scale='modulated' where the scores are"):
+            normalizer.normalize_modulated(modulated, mask=mask)
 
 
 def test_no_rows(normalizer):
     assert normalizer(torch.ones(0, 5)).shape == (0, 5)
 
 
-def test_a_single_entry_gets_everything(normalizer):
+def test_a_single_entry_gets_everything(distribution):
     scores = torch.tensor([[-300.0], [0.0], [7.0]], requires_grad=True)
-    probabilities = normalizer(scores)
+    probabilities = distribution(scores)
     probabilities.sum().backward()
     assert (probabilities == 1).all()
     assert (scores.grad == 0).all()
 
 
-def test_ties_share(normalizer):
-    torch.testing.assert_close(normalizer(torch.full((2, 8), 3.0)), torch.full((2, 8), 0.125))
+def test_ties_share(distribution):
+    torch.testing.assert_close(distribution(torch.full((2, 8), 3.0)), torch.full((2, 8), 0.125))
+
+
+def test_only_weights_do_not_sum_to_one(normalizer, scores):
+    sums = normalizer(scores).sum(-1)
+    assert torch.allclose(sums, torch.ones(2, 3, 4)) == normalizer.sums_to_one
 
 
 @pytest.mark.parametrize("largest", [300.0, 1e4, 6e4])
@@ -247,7 +258,9 @@ def test_huge_half_precision_scores(normalizer, largest):
     scores = scores.half().requires_grad_()
     probabilities = normalizer(scores)
     probabilities[:, 0].sum().backward()
-    torch.testing.assert_close(probabilities.float().sum(-1), torch.ones(2), atol=1e-3, rtol=0)
+    if normalizer.sums_to_one:
+        total = probabilities.float().sum(-1)
+        torch.testing.assert_close(total, torch.ones(2), atol=1e-3, rtol=0)
     assert all(p.grad.isfinite().all() for p in (scores, *normalizer.parameters()))
 
 
@@ -259,9 +272,9 @@ def test_half_precision_is_computed_in_fp32(normalizer):
         assert torch.equal(normalizer(x), normalizer(x.float()).to(dtype))
 
 
-def test_no_score_is_too_low_for_the_mask(normalizer, mask):
+def test_no_score_is_too_low_for_the_mask(distribution, mask):
     """Scores just above the floor at which a modulator takes them for masked."""
-    probabilities = normalizer(torch.full((2, 3, 4, 7), MASK_FLOOR + 1), mask=mask)
+    probabilities = distribution(torch.full((2, 3, 4, 7), MASK_FLOOR + 1), mask=mask)
     expected = mask / mask.sum(-1, keepdim=True).clamp_min(1)
     torch.testing.assert_close(probabilities, expected.expand(2, 3, 4, 7))
 
@@ -280,7 +293,8 @@ def test_scores_of_minus_infinity_get_exactly_zero(normalizer, scores):
     probabilities = normalizer(scores)
     probabilities[..., 0].sum().backward()
     assert (probabilities[..., 2] == 0).all()
-    torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 3, 4))
+    if normalizer.sums_to_one:
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 3, 4))
     assert (scores.grad[..., 2] == 0).all()
     assert scores.grad.isfinite().all()
 

@@ -92,7 +92,8 @@ def test_a_row_of_minus_infinity_is_zeros(normalizer, backend, with_mask):
     p, gradient, *_ = result(normalizer, scores, mask, backend)
     assert (p[0, 0, :3] == 0).all()
     assert (gradient[0, 0, :3] == 0).all()
-    assert (p[1].sum(-1) > 0.99).all()
+    if normalizer.sums_to_one:
+        assert (p[1].sum(-1) > 0.99).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
