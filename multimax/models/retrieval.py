@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from multimax.attention import attention as attend
 from multimax.models.sharing import take_shared
-from multimax.normalizers import Normalizer, build_for_attention, build_preserving_rng
+from multimax.normalizers import Normalizer, build_for_attention, build_for_output
 from multimax.options import Count, Width, checked
 
 
@@ -106,7 +106,7 @@ class AttentionClassifier(nn.Module):
         self.encoder: nn.Module = mlp(features, width, width)
         self.attn: AttentionPooling = AttentionPooling(width, width, width, attention)
         self.classifier: nn.Module = mlp(width, width, outputs)
-        self.output: Normalizer = build_preserving_rng(output)
+        self.output: Normalizer = build_for_output(output)
 
     def forward(self, items: Tensor) -> Tensor:
         """Scores (sets, classes) for items (sets, items, features)."""

@@ -170,6 +170,14 @@ class Normalizer(nn.Module, ABC):
         """
         return True
 
+    def in_order(self, scores: Tensor) -> Tensor:
+        """Numbers in the order of the probabilities, which that of the scores need not be.
+
+        Unlike probabilities they differ where those of two entries are both 0. The rows are along
+        the last dimension.
+        """
+        return self.modulate(scores) if self.modulates_first else self.logits(scores)
+
     def extra_repr(self) -> str:
         shown = [] if self.length_scale is None else [f"length_scale={self.length_scale!r}"]
         return ", ".join(shown + ([f"heads={self.heads}"] if self.heads else []))

@@ -125,9 +125,7 @@ class ImageClassification(Task):
             scores = model(images)
             output = cast(Normalizer, model.output)
             loss = output_loss(output, scores, targets, reduction="sum")
-            # In the order of the probabilities, which that of the scores need not be.
-            ordered = output.modulate if output.modulates_first else output.logits
-            order = ordered(scores).topk(min(5, scores.size(-1)), dim=-1).indices
+            order = output.in_order(scores).topk(min(5, scores.size(-1)), dim=-1).indices
             ranked = order == targets[:, None]
             counts = [ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(targets))]
             totals += torch.stack([count.double().cpu() for count in counts])

@@ -127,8 +127,8 @@ class Retrieval(SyntheticTask):
 
     @classmethod
     def model_options(cls, config: Any, source: KMean) -> dict[str, Any]:
-        unused = {"name": "softmax", "temperature": 1.0, "learned": False}
-        if config.output.model_dump() != unused:
+        unused = type(config.output)(name="softmax")
+        if config.output.model_dump() != unused.model_dump():
             raise ValueError(
                 f"output.name={config.output.name} is for nothing in task=retrieval, whose models "
                 "have no output layer: leave output=softmax"
@@ -177,8 +177,7 @@ class MaxRetrieval(SyntheticTask):
     def measures(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         scores, output = model(batch.inputs), cast(Normalizer, model.output)
         loss = output_loss(output, scores, batch.targets, reduction="none")
-        # In the order of the probabilities, which that of the scores need not be.
-        right = output.modulate(scores).argmax(-1) == batch.targets
+        right = output.in_order(scores).argmax(-1) == batch.targets
         return loss, 100 * right.float()
 
     def call_normalizers(self, model: nn.Module, batch: Batch) -> None:
