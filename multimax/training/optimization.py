@@ -25,7 +25,7 @@ def build_optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
         key: tuple(value) if key == "betas" else value for key, value in given.items()
     }
     del options["name"]
-    decay_scalars = options.pop("decay_scalars", None)
+    own = {key: options.pop(key, None) for key in ("decay_scalars", "scalars_lr_scale")}
     if "adahessian" in config.name.lower():
         raise ValueError(
             f"optimizer.name={config.name!r} needs second derivatives, which training does not keep"
@@ -41,21 +41,37 @@ def build_optimizer(model: nn.Module, config: Any) -> torch.optim.Optimizer:
             f"optimizer.name={config.name!r} cannot be built with these options ({reason})"
             f"{suggestion}: try {betas}or another name of timm.optim.list_optimizers()"
         ) from error
-    if decay_scalars is not None:
-        _regroup_scalars(optimizer, model, config.weight_decay if decay_scalars else 0.0)
+    if any(value is not None for value in own.values()):
+        _regroup_scalars(optimizer, model, config.weight_decay, **own)
     return optimizer
 
 
 def _regroup_scalars(
-    optimizer: torch.optim.Optimizer, model: nn.Module, weight_decay: float
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    weight_decay: float,
+    decay_scalars: bool | None,
+    scalars_lr_scale: float | None,
 ) -> None:
-    """Move the scalars of the normalizers into a group with a weight decay of its own."""
+    """Move the scalars of the normalizers into a group with a weight decay and a rate of its own.
+
+    All of them are of one dimension, and so were in one group.
+    """
     scalars = normalizer_parameters(model)
+    if not scalars:
+        return
     ids = {id(parameter) for parameter in scalars}
+    own: dict[str, Any] = {"params": scalars}
     for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in ids]
-    if scalars:
-        optimizer.add_param_group({"params": scalars, "weight_decay": weight_decay})
+        others = [p for p in group["params"] if id(p) not in ids]
+        if len(others) < len(group["params"]):
+            own["weight_decay"] = group["weight_decay"]
+        group["params"] = others
+    if decay_scalars is not None:
+        own["weight_decay"] = weight_decay if decay_scalars else 0.0
+    if scalars_lr_scale is not None:
+        own["lr_scale"] = scalars_lr_scale  # which timm's schedules multiply by
+    optimizer.add_param_group(own)
 
 
 class LearningRate:
@@ -101,7 +117,7 @@ class LearningRate:
         """Set the rate for the update with this index, counted from 0."""
         if self.formula is not None:
             for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-                group["lr"] = self.formula(update, peak)
+                group["lr"] = self.formula(update, peak) * group.get("lr_scale", 1.0)
         elif self.per_epoch:
             self.scheduler.step(update // self.updates_per_unit)
         else:

@@ -82,6 +82,11 @@ class OptimizerSection(Section):
         description="weight decay on the normalizers' learned scalars; null: as on other "
         "parameters of one dimension",
     )
+    scalars_lr_scale: Positive | None = Field(
+        None,
+        description="learning rate of the normalizers' learned scalars, by that of the other "
+        "parameters; null: the same",
+    )
 
 
 class ScheduleSection(Section):

@@ -101,6 +101,20 @@ def test_a_group_of_scalars_has_the_other_settings_and_follows_the_schedule():
     assert len(without.param_groups) == 2
 
 
+@pytest.mark.parametrize("name", ["cosine", "inverse_sqrt"])
+@pytest.mark.parametrize("decay", [{}, {"filter_bias_and_bn": False}, {"decay_scalars": True}])
+def test_scalars_can_have_a_rate_of_their_own(name, decay):
+    model = nn.Sequential(nn.Linear(3, 4), MultiMax(), SoftMax(learned=True))
+    optimizer = optimizer_of(model, scalars_lr_scale=4.0, **decay)
+    options = {"name": name, "warmup": 2, "warmup_lr": 0, "min_lr": 0, "per_epoch": False}
+    LearningRate(optimizer, schedule(options), 10, 1).set(1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    scalars = {"1.ts", "1.ranges", "2.log_temperature"}
+    assert rates == {name: 0.25 if name in scalars else 0.0625 for name in names.values()}
+    assert decays(model, scalars_lr_scale=4.0, **decay) == decays(model, **decay)
+
+
 def test_optimizer_gets_its_options():
     optimizer = build_optimizer(nn.Linear(2, 2), paper_config().optimizer)
     assert isinstance(optimizer, torch.optim.AdamW)
