@@ -5,6 +5,7 @@ python -m experiments.results outputs/small/deit_*     # copy finished results i
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,28 @@ def collect(folders: list[Path], target: Path = RUNS) -> list[Path]:
 
     A copy holds the learning curve too, as "curve".
 
-    What was set aside and what `debug=two_updates` made is left out.
+    What was set aside, what `debug=two_updates` made, and what settings were chosen by is left out.
 
     Raises:
         FileNotFoundError: a folder does not exist.
         ValueError: a result is damaged.
     """
     copied = []
+    for file, result in read_finished(folders):
+        if "tuning" in result["config"]["tags"]:
+            continue
+        curve = file.parent / "metrics.jsonl"
+        if curve.exists():
+            lines = [json.loads(line) for line in curve.read_text().splitlines()]
+            result["curve"] = thinned(lines)
+        path = target / result["scale"] / result["experiment"] / f"{file.parent.name}.json"
+        write_json(path, result)
+        copied.append(path)
+    return copied
+
+
+def read_finished(folders: list[Path]) -> Iterator[tuple[Path, Result]]:
+    """Every finished result below `folders`; errors are those of `collect`."""
     for folder in folders:
         if not folder.exists():
             raise FileNotFoundError(f"there is no {folder}: give folders of finished runs")
@@ -40,16 +56,8 @@ def collect(folders: list[Path], target: Path = RUNS) -> list[Path]:
             if any(part.startswith("previous-") for part in file.relative_to(folder).parts):
                 continue
             result = _read(file)
-            if is_debug(result):
-                continue
-            curve = file.parent / "metrics.jsonl"
-            if curve.exists():
-                lines = [json.loads(line) for line in curve.read_text().splitlines()]
-                result["curve"] = thinned(lines)
-            path = target / result["scale"] / result["experiment"] / f"{file.parent.name}.json"
-            write_json(path, result)
-            copied.append(path)
-    return copied
+            if not is_debug(result):
+                yield file, result
 
 
 def load(source: Path = RUNS) -> dict[Path, Result]:

@@ -21,8 +21,8 @@ from multimax.training.sweep import RECORD, finished_before
 class StudySweeper(Sweeper):
     """Launches the runs of `config.study` that have no result yet.
 
-    On the command line, `cells=a,b` and `seed=0,1` choose a part; all else holds for every run, and
-    may be a sweep of its own.
+    On the command line, `cells=a,b` and `seed=0,1` choose a part, and `tuning=true` the runs by
+    which settings are chosen; all else holds for every run, and may be a sweep of its own.
     """
 
     _context: HydraContext
@@ -62,15 +62,19 @@ class StudySweeper(Sweeper):
                 values = [str(value) for value in override.sweep_string_iterator()]
             else:
                 values = [override.get_value_element_as_str()]
-            if key in ("cells", "seed"):
+            if key in ("cells", "seed", "tuning"):
                 chosen[key] = values
             elif key != "study":
                 others.append([f"{key}={value}" for value in values])
-        study = read_study(self._config.study)
+        study, tuning = read_study(self._config.study), chosen.get("tuning", ["false"])
+        if tuning not in (["true"], ["false"]):
+            raise ValueError(f"tuning={','.join(tuning)} must be true or false")
         return [
             job
             for settings in itertools.product(*others)
-            for job in study.jobs(chosen.get("cells"), chosen.get("seed"), settings)
+            for job in study.jobs(
+                chosen.get("cells"), chosen.get("seed"), settings, tuning == ["true"]
+            )
         ]
 
     def _finished(self, job: list[str], folder: Path) -> bool:

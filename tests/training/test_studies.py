@@ -61,6 +61,58 @@ def test_a_part_of_the_jobs():
     assert jobs[0][-4] == "tags=[s,b,debug]"  # so that it does not count as a result
 
 
+def tuned(**changes):
+    cells = {
+        "a": {
+            "row": ["A"],
+            "settings": ["attention=topk"],
+            "tuning": [["attention.k=2"], ["attention.k=4"]],
+            "chosen": 1,
+        },
+        "b": {"row": ["B"], "settings": [], "tuning": [["optimizer.lr=1"], ["optimizer.lr=2"]]},
+    }
+    tuning = {"seeds": [9, 8], "figure": "valid/bleu", "lower": False, "settings": ["x=3"]}
+    return example(cells=cells, tuning=tuning) | changes  # fmt: skip
+
+
+def test_settings_to_choose_from_are_run_with_seeds_of_their_own():
+    jobs = read_study(tuned()).jobs(tuning=True)
+    assert [(job[1:-3], job[-2], job[-1]) for job in jobs] == [
+        ([*cell, *tried, "x=3"], f"tags=[s,{name},tuning]", f"seed={seed}")
+        for seed in (8, 9)
+        for name, cell, tries in (
+            ("a", ["attention=topk"], (["attention.k=2"], ["attention.k=4"])),
+            ("b", [], (["optimizer.lr=1"], ["optimizer.lr=2"])),
+        )
+        for tried in tries
+    ]
+
+
+def test_chosen_settings_are_those_of_the_cell():
+    of = read_study(tuned())
+    assert of.jobs(["a"])[0][:3] == ["task=translation", "attention=topk", "attention.k=4"]
+    with pytest.raises(ValueError, match=r"settings of cell b are not chosen: run -m study=s tun"):
+        of.jobs()
+    with pytest.raises(ValueError, match="study s has nothing to choose"):
+        read_study(example()).jobs(tuning=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tuning": None}, r"cell a: study\.tuning and the tuning of cells need each other"),
+        ({"seeds": 10}, r"study\.tuning\.seeds: 8 is a seed of the study too"),
+        ({"cells": {"a": {"row": ["A"], "settings": [], "tuning": [["x=1"]], "chosen": 1}}},
+         r"cell a: chosen=1 must be less than 1"),
+        ({"cells": tuned()["cells"] | {"c": {"row": ["C"], "settings": [], "tuning": [["x=1"]]}}},
+         r"cells have \[1, 2\] settings to try"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_tuning_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_study(tuned(**changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -96,8 +148,12 @@ def test_each_cell_is_another_configuration_of_one_recipe(name):
     assert set(texts.values()) == {1}
     for content in settings.values():  # the scalars' own decay is no part of the recipe
         content["optimizer"].pop("decay_scalars", None)
+        if of.tuning:
+            for setting in ("lr", "scalars_lr_scale"):
+                content["optimizer"].pop(setting, None)
     recipes = [
-        {key: content[key] for key in ("task", "data", "trainer", "optimizer", "schedule", "loss")}
+        {key: content[key] for key in ("task", "data", "trainer", "optimizer", "schedule")}
+        | {"loss": content.get("loss")}
         for content in settings.values()
     ]
     assert all(recipe == recipes[0] for recipe in recipes)
@@ -128,7 +184,7 @@ def test_a_study_begins_with_its_title_and_command(name):
     assert lines[0] == "# @package _global_"
     assert lines[1].endswith(study(name).title)
     assert lines[2] == f"# python train.py -m study={name}"
-    runs = len(study(name).jobs())
+    runs = sum(cell.seeds or study(name).seeds for cell in study(name).cells.values())
     assert lines[3].startswith(f"# small scale: {runs} runs of ")
     assert study(name).name == name
 
