@@ -62,7 +62,9 @@ class StudySweeper(Sweeper):
                 values = [str(value) for value in override.sweep_string_iterator()]
             else:
                 values = [override.get_value_element_as_str()]
-            if key in ("cells", "seed", "tuning"):
+            if key == "tuning":
+                chosen[key] = [value.lower() for value in values]  # Hydra makes True of true
+            elif key in ("cells", "seed"):
                 chosen[key] = values
             elif key != "study":
                 others.append([f"{key}={value}" for value in values])

@@ -294,3 +294,20 @@ def test_the_script_of_a_table_runs_it_and_draws_it(train, tmp_path, monkeypatch
         import_module(module).main()
     table = (tmp_path / "results" / "tables" / "table1_small.md").read_text()
     assert re.search(r"\| average \| 1 \| \d+\.\d+ \|  \| 1 \| 2,000 \|", table)
+
+
+@pytest.mark.slow
+def test_settings_to_choose_from_are_run(train, tmp_path):
+    study = "study=max_retrieval", "cells=softmax", "tuning=true", "seed=1000"
+    tiny = "debug=two_updates", "data.valid_size=10", "data.test_size=10", f"output_dir={tmp_path}"
+    code, *said = train("-m", *study, *tiny)
+    assert (code, "sweep of 9 jobs: 9 finished\n" in "".join(said)) == (0, True), said
+    found = [json.loads(file.read_text()) for file in tmp_path.glob("small/*/*/result.json")]
+    assert len({(r["config"]["attention"]["temperature"], r["config"]["optimizer"]["lr"])
+                for r in found}) == 9  # fmt: skip
+    assert {tuple(r["config"]["tags"]) for r in found} == {
+        ("max_retrieval", "softmax", "tuning", "debug")
+    }
+    assert train("-m", "study=max_retrieval", "tuning=1")[0] == (
+        "error: tuning=1 must be true or false"
+    )
