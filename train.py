@@ -2,6 +2,7 @@
 
 python train.py experiment=deit_multimax
 python train.py --help
+python train.py repeat=results/runs/small/deit/RUN.json    # the same run again: the same numbers?
 """
 
 import logging
@@ -19,6 +20,7 @@ from multimax.training.command_line import (
     explain_bad_overrides,
     overrides_of,
 )
+from multimax.training.repeat import repeat
 from multimax.training.run import run
 from multimax.training.sweep import run_job
 from multimax.training.trainer import InterruptedRunError
@@ -51,8 +53,22 @@ def check_command_line(arguments: list[str]) -> None:
         raise SystemExit(f"error: {problem}\n`python train.py --help` lists the settings.")
 
 
+def repeat_run(arguments: list[str]) -> None:
+    """Repeat the run of a result.json, and exit with 1 if it gives other numbers."""
+    try:
+        same = repeat(arguments)
+    except InterruptedRunError as stop:
+        print(f"{stop}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(143) from stop
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"error: {error}") from error
+    raise SystemExit(not same)
+
+
 if __name__ == "__main__":
     logging.getLogger("multimax").addHandler(logging.StreamHandler())
+    if any(argument.startswith("repeat=") for argument in sys.argv[1:]):
+        repeat_run(sys.argv[1:])
     OmegaConf.register_new_resolver(
         "settings", lambda *, _root_: describe_settings(_root_), replace=True
     )
