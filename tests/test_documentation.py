@@ -27,7 +27,8 @@ DOCUMENTS = [
 # Files and folders of a run or of somebody's data, not of this repository.
 ELSEWHERE = {"train/", "val/", "wds/", "hfds/", "hfids/", "config.yaml"}
 SUFFIX = r"\.(py|sh|c|h|md|toml|txt|ya?ml|cff|csv|png)"
-# Arguments of train.py with a setting (repeat= is none), up to a comment or another command; no "<placeholders>".
+# Arguments of train.py with a setting (repeat= is none), up to a comment or another command; no
+# "<placeholders>".
 TRAINING = r"\btrain\.py (?!repeat=)(?=[^`#\n|&;<>$]*=)([^`#\n|&;<>$]*+)(?![<$])"
 NOT_OURS = {"outputs", "wandb", "build", "dist", "htmlcov", "site", "__pycache__"}
 
