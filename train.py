@@ -6,6 +6,7 @@ python train.py repeat=results/runs/small/deit/RUN.json    # the same run again:
 """
 
 import logging
+import os
 import sys
 
 import hydra
@@ -14,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from multimax.training import slurm
 from multimax.training.command_line import (
     complete_length,
     describe_settings,
@@ -66,6 +68,10 @@ def repeat_run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    try:
+        slurm.adopt(os.environ)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     logging.getLogger("multimax").addHandler(logging.StreamHandler())
     if any(argument.startswith("repeat=") for argument in sys.argv[1:]):
         repeat_run(sys.argv[1:])

@@ -50,16 +50,20 @@ def launch(folder):
 
 
 def finish(folder):
-    """Run both processes, without a launcher, to their end; what the main one said."""
+    """Run both processes as srun does, to their end; what the main one said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        port = str(free.getsockname()[1])
+    step = {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NODEID": "0", "MASTER_PORT": port,
+    }  # fmt: skip
     with ExitStack() as stack:
         processes = []
         for rank in "01":
-            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
             output = folder.with_suffix(f".{rank}")
-            process = Forked(tiny_overrides(folder, *OPTIONS), output, **place, **ranks)
+            process = Forked(tiny_overrides(folder, *OPTIONS), output, **step, **place)
             processes.append(stack.enter_context(process))
         (code, said), other = (process.finish() for process in processes)
     assert (code, other[0]) == (0, 0), said + other[1]
