@@ -13,6 +13,7 @@ import multimax
 COMMANDS: dict[str, tuple[str, str, str | None]] = {
     "kernels": ("multimax.kernels", "compile the CPU kernels, or say where they are", None),
     "evaluate": ("multimax.evaluate", "the figures of trained models again", "train"),
+    "average": ("multimax.training.average", "the mean of checkpoints of a run", "train"),
     "generate": ("multimax.generate", "text from trained models", "train"),
     "prepare-iwslt14": ("multimax.data.prepare.iwslt14", "IWSLT14 for training", "train"),
     "prepare-wikitext103": ("multimax.data.prepare.wikitext103", "WikiText-103 likewise", "train"),

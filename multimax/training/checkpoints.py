@@ -16,7 +16,7 @@ WEIGHTS = ("format", "fingerprint", "inputs", "position", "model", "ema")
 # What resuming needs.
 STATE = (*WEIGHTS, "updates_per_epoch", "optimizer_name", "optimizer", "scaler", "random_states")
 # Settings of a group of parameters that the configuration decides, not the checkpoint.
-GROUP_SETTINGS = ("lr", "initial_lr", "weight_decay", "eps", "betas", "momentum")
+GROUP_SETTINGS = ("lr", "lr_scale", "initial_lr", "weight_decay", "eps", "betas", "momentum")
 AFRESH = "start from its weights with weights={path}, or start afresh with resume=never"
 
 

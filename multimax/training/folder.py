@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from multimax.files import write_atomically
 from multimax.training.config import Config
 
+KEPT = "update-*.pt"  # checkpoints of `trainer.keep`
 NOTHING = (".lock", "config.yaml", "wandb_id")  # what alone makes no run
 
 
@@ -57,3 +58,9 @@ def wandb_id(file: Path) -> str:
         content = uuid.uuid4().hex[:8]
         write_atomically(file, lambda stream: stream.write(content.encode()))
     return content
+
+
+def kept(folder: Path) -> list[Path]:
+    """The checkpoints that `trainer.keep` left in a run folder, the oldest first."""
+    numbered = [(path.stem.partition("-")[2], path) for path in folder.glob(KEPT)]
+    return [path for _, path in sorted((int(n), path) for n, path in numbered if n.isdecimal())]

@@ -61,6 +61,11 @@ class TrainerSection(Section):
     )
     log_every: Count = Field(description="updates between two lines of metrics.jsonl")
     report: Literal["last", "best"] = Field(description="which weights the result is of")
+    keep: Count | None = Field(
+        None,
+        description="weights of so many last evaluations stay as update-<update>.pt, for "
+        "multimax.training.average; null: none",
+    )
 
 
 class OptimizerSection(Section):

@@ -21,6 +21,7 @@ from multimax.training.checkpoints import (
     weights,
 )
 from multimax.training.config import Config
+from multimax.training.folder import KEPT, kept
 from multimax.training.optimization import LearningRate, build_optimizer
 from multimax.training.random_state import random_state
 
@@ -120,6 +121,15 @@ class RunState:
         """Write `best.pt`: the weights as they are now."""
         if self.accelerator.is_main_process:
             save_checkpoint(self.best_checkpoint, self._weights())
+
+    def keep(self) -> None:
+        """Write `update-<update>.pt`, as `best.pt`, and remove older ones than `trainer.keep`."""
+        number = self.config.trainer.keep
+        if number is not None and self.accelerator.is_main_process:
+            name = KEPT.replace("*", str(self.position.update))
+            save_checkpoint(self.folder / name, self._weights())
+            for path in kept(self.folder)[:-number]:
+                path.unlink()
 
     def load_best(self) -> None:
         """Put the weights of `best.pt` into the model."""

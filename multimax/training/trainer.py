@@ -164,6 +164,7 @@ class Trainer(RunState):
 
     def _evaluate_and_save(self) -> None:
         self.evaluate_and_keep_best()
+        self.keep()
         self.position.due = False
         self.save()
 
