@@ -89,8 +89,8 @@ def changed(config, field, value):
 
 # What may differ between two runs that give the same numbers (the seed has its own place).
 SAME_NUMBERS = {
-    "group",
-    "name", "seed", "tags", "output_dir", "resume", "logger.wandb", "trainer.keep", "trainer.log_every",
+    "group", "trainer.keep",
+    "name", "seed", "tags", "output_dir", "resume", "logger.wandb", "trainer.log_every",
     "data.root", "data.num_workers", "data.cache",
 }  # fmt: skip
 
