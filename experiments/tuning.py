@@ -45,7 +45,7 @@ def read(study: Study, scale: str, folders: list[Path]) -> Figures:
         return dict(sorted(found.get(key, {}).items()))
 
     return {
-        name: [of(name, index) for index in range(len(cell.tuning))]
+        name: [of(name, index) for index in range(len(cell.tried))]
         for name, cell in study.cells.items()
     }
 
@@ -76,7 +76,7 @@ def show(study: Study, figures: Figures) -> Table:
     table = Table("cell", "best", "its settings", "all of them, in order", title=title)
     for name, of_cell in figures.items():
         index = best(study, of_cell)
-        settings = "" if index is None else " ".join(study.cells[name].tuning[index])
+        settings = "" if index is None else " ".join(study.cells[name].tried[index])
         values = "  ".join(f"{mean:.4g}" for mean in means(study, of_cell))
         table.add_row(name, "" if index is None else str(index), settings, values)
     return table

@@ -24,6 +24,7 @@ class Cell(Section):
         seeds: how many, counted from 0; null is the number of the study.
         run_log: the first figure in the log of the paper's first author, one run at paper scale.
         tuning: settings that were tried on validation data, see `Tuning`.
+        then: more of them, which were made from the best of `tuning`.
         chosen: which of them the cell has, counted from 0; null is not decided yet.
     """
 
@@ -32,7 +33,13 @@ class Cell(Section):
     seeds: Count | None = None
     run_log: float | None = None
     tuning: Annotated[tuple[Settings, ...], Field(strict=False)] = ()
+    then: Annotated[tuple[Settings, ...], Field(strict=False)] = ()
     chosen: Whole | None = None
+
+    @property
+    def tried(self) -> tuple[Settings, ...]:
+        """All settings that were tried, as `chosen` counts them."""
+        return self.tuning + self.then
 
 
 class Claim(Section):
@@ -125,12 +132,12 @@ class Study(Section):
     def _check_tuning(self, name: str, cell: Cell) -> None:
         if bool(cell.tuning) != (self.tuning is not None):
             raise ValueError(f"cell {name}: study.tuning and the tuning of cells need each other")
-        budgets = {len(other.tuning) for other in self.cells.values()}
+        budgets = {len(other.tried) for other in self.cells.values()}
         if len(budgets) > 1:
             raise ValueError(f"cells have {sorted(budgets)} settings to try: let them have as many")
-        if cell.chosen is not None and cell.chosen >= len(cell.tuning):
+        if cell.chosen is not None and cell.chosen >= len(cell.tried):
             raise ValueError(
-                f"cell {name}: chosen={cell.chosen} must be less than {len(cell.tuning)}, the "
+                f"cell {name}: chosen={cell.chosen} must be less than {len(cell.tried)}, the "
                 "number of its settings to try"
             )
         shared = set(self.tuning.seeds) & set(range(cell.seeds or self.seeds)) if self.tuning else 0
@@ -147,7 +154,7 @@ class Study(Section):
     def tried(self, cell: str, index: int) -> list[str]:
         """What `settings` is if these settings of a cell are chosen."""
         found = self.cells[cell]
-        return [*self.base, *found.settings, *(found.tuning[index] if found.tuning else ())]
+        return [*self.base, *found.settings, *(found.tried[index] if found.tried else ())]
 
     def jobs(
         self,
@@ -199,7 +206,7 @@ class Study(Section):
         if self.tuning is None:
             raise ValueError(f"study {self.name} has nothing to choose: leave tuning=false")
         return [
-            [*self.tried(cell, index), *self.tuning.settings] for index in range(len(found.tuning))
+            [*self.tried(cell, index), *self.tuning.settings] for index in range(len(found.tried))
         ]
 
     def _chosen(self, cell: str) -> list[str]:
