@@ -28,6 +28,7 @@ from multimax.kernels.backend import (
 )
 from multimax.kernels.c_attention import c_attention
 from multimax.normalizers import Normalizer
+from multimax.normalizers.steps import kernel_steps, left_by_sink
 
 LARGEST_TRITON_HEAD = 128
 ROWS = 512  # of scores, at most, that a kernel shows to hooks which are content with some
@@ -98,7 +99,12 @@ def attention(
     bias_before = bias is not None and bias_place == "before"
     if any(map(_takes_rows, normalizer._forward_hooks.values())):
         _show_rows(q, k, normalizer, mask, causal, scale, bias, bias_place)
-    out = kernel(q, k, v, coefficients, mask, causal, dropout, scale, bias, bias_before)
+    steps: dict[str, Any] = {}
+    if normalizer.has_steps:
+        steps = kernel_steps(normalizer, q, k.size(2), mask, causal, bias)
+    out = kernel(q, k, v, coefficients, mask, causal, dropout, scale, bias, bias_before, **steps)
+    if "with_logsumexp" in steps:
+        out = left_by_sink(normalizer, *out)
     return out.reshape(*leading, *out.shape[-2:])
 
 
@@ -163,7 +169,7 @@ def _choose(
     value: Tensor,
     normalizer: Normalizer,
     bias: Tensor | None,
-) -> Callable[..., Tensor] | None:
+) -> Callable[..., Any] | None:
     """The kernel for this attention, None for the definition; ValueError if `name` cannot do it."""
     check_backend(name)
     if name == "eager":
@@ -245,7 +251,7 @@ def _obstacle(
 ) -> str | None:
     """Why a kernel cannot compute an attention; None if it can."""
     if not normalizer.fusible:
-        return f"{normalizer}: {c_rows.NO_MODULATOR}"
+        return f"{normalizer}: it is no SoftMax of scores with a modulator of order <= 2"
     if not query.dtype == key.dtype == value.dtype:
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}"
     if name == "c":
@@ -253,6 +259,8 @@ def _obstacle(
     obstacle = triton_obstacle(query)
     if obstacle:
         return obstacle
+    if normalizer.has_steps:
+        return f"{normalizer}: its kernels take no length scale, cap or sink yet"
     widest = max(query.size(-1), value.size(-1))
     if widest > LARGEST_TRITON_HEAD or query.size(-1) != value.size(-1):
         return (
@@ -262,10 +270,10 @@ def _obstacle(
     return None
 
 
-def _triton(*arguments: Any) -> Tensor:
+def _triton(*arguments: Any, **steps: Any) -> Any:
     from multimax.kernels.triton_attention import triton_attention  # not everyone has Triton
 
-    return triton_attention(*arguments)
+    return triton_attention(*arguments, **steps)
 
 
 _KERNELS = {"c": c_attention, "triton": _triton}

@@ -77,14 +77,14 @@ def check_mask(mask: Tensor | None, shape: Sequence[int] | None = None, name: st
             f"{name} must be boolean (True = may receive mass), got {mask.dtype}: "
             "for an additive mask use `mask > -inf`, for 0/1 use `mask.bool()`"
         )
-    if shape is not None and not _expands(mask.shape, shape):
+    if shape is not None and not broadcasts(mask.shape, shape):
         raise ValueError(
             f"{name} of shape {tuple(mask.shape)} must broadcast to the scores, of shape "
             f"{tuple(shape)}"
         )
 
 
-def _expands(sizes: Sequence[int], shape: Sequence[int]) -> bool:
+def broadcasts(sizes: Sequence[int], shape: Sequence[int]) -> bool:
     """Whether a tensor of these sizes can be expanded to `shape`."""
     if len(sizes) > len(shape):
         return False
@@ -109,7 +109,7 @@ def check_bias(bias: Tensor | None, shape: Sequence[int]) -> None:
             "bias must be float16, bfloat16, float32 or float64, as it is added to the scores, got "
             f"{bias.dtype}: pass a boolean mask as `mask`"
         )
-    if not _expands(bias.shape, shape):
+    if not broadcasts(bias.shape, shape):
         raise ValueError(
             f"bias of shape {tuple(bias.shape)} must broadcast to the scores, of shape "
             f"{tuple(shape)}"
@@ -159,6 +159,13 @@ def masked_log_softmax(
     if sink is not None:
         logarithms = logarithms + F.logsigmoid(_log_sum(filled, dim) - sink)
     return logarithms.masked_fill(hidden, -torch.inf)
+
+
+def masked_logsumexp(scores: Tensor, dim: int) -> Tensor:
+    """log sum exp along `dim`, without a gradient to scores of -inf; -inf where all are."""
+    hidden = scores == -torch.inf
+    total = _log_sum(scores.masked_fill(hidden, torch.finfo(scores.dtype).min), dim)
+    return total.masked_fill(hidden.all(dim, keepdim=True), -torch.inf).squeeze(dim)
 
 
 def _log_sum(scores: Tensor, dim: int) -> Tensor:
@@ -247,29 +254,59 @@ def _power(base: Tensor, exponent: int) -> Tensor:
 
 
 def modulated_softmax(
-    scores: Tensor,
-    coefficients: Tensor,
-    dim: int,
-    mask: Tensor | None,
-    bias: Tensor | None = None,
+    scores: Tensor, coefficients: Tensor, dim: int, mask: Tensor | None
 ) -> Tensor:
-    """`masked_softmax` of the modulated scores: the definition of what the kernels compute.
+    """`masked_softmax` of `modulated_logits`: the definition of what the kernels of rows compute.
 
     Args:
         scores: real, any shape, in compute precision.
         coefficients: (2 + 4 N,), see `Normalizer.coefficients`.
         dim: the dimension that sums to one.
         mask: bool, broadcastable to `scores`, or None.
-        bias: finite, broadcastable to `scores`, is added after the modulation; or None.
+    """
+    return masked_softmax(modulated_logits(scores, coefficients, mask), dim, None)
+
+
+def modulated_logits(
+    scores: Tensor,
+    coefficients: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None = None,
+    factor: Tensor | None = None,
+    factor_first: bool = False,
+    softcap: float | None = None,
+) -> Tensor:
+    """What SoftMax is taken of by the kernels; -inf where masked.
+
+    Args:
+        scores: real, any shape, in compute precision.
+        coefficients: (2 + 4 N,), see `Normalizer.coefficients`.
+        mask: bool, broadcastable to `scores`, or None.
+        bias: finite, broadcastable to `scores`, is added at the end; or None.
+        factor: > 0, broadcastable to `scores`; or None.
+        factor_first: it multiplies the scores, not what is modulated and capped.
+        softcap: c > 0 of c tanh(x / c) of the modulated scores; or None.
     """
     has_modulator = coefficients.numel() > 2
-    hidden = hidden_entries(scores, mask, MASK_FLOOR if has_modulator else -torch.inf)
+    has_floor = has_modulator or factor is not None or softcap is not None
+    hidden = hidden_entries(scores, mask, MASK_FLOOR if has_floor else -torch.inf)
+    if factor is not None and factor_first:
+        scores = factor * scores.masked_fill(hidden, 0.0)
+        if has_modulator or softcap is not None:
+            hidden = hidden | (scores <= MASK_FLOOR)
     modulated = affine(scores, coefficients[0], coefficients[1], hidden)
     if has_modulator:
         modulated = modulate(modulated, *coefficients[2:].chunk(2))
+    hidden = hidden | (modulated == -torch.inf)
+    if softcap is not None:
+        modulated = soft_cap(modulated, softcap, hidden)
+    if factor is not None and not factor_first:
+        modulated = factor * modulated.masked_fill(hidden, 0.0)
+    modulated = modulated.masked_fill(hidden, -torch.inf)
     if bias is not None:
         modulated = modulated + bias.to(modulated.dtype)
-    return masked_softmax(modulated, dim, ~hidden)
+        modulated = modulated if mask is None else modulated.masked_fill(~mask, -torch.inf)
+    return modulated
 
 
 def affine(scores: Tensor, scale: Tensor, shift: Tensor, hidden: Tensor) -> Tensor:
@@ -296,17 +333,32 @@ def eager_attention(
     bias_place: str = "after",
 ) -> Tensor:
     """The definition of `attention`, with its arguments; query and key have the same heads."""
+    scores, mask, bias = masked_scores(query, key, mask, causal, scale, bias)
+    if bias is None:
+        probabilities = normalizer(scores, mask=mask)
+    else:
+        probabilities = normalizer.biased(scores, bias, mask, bias_place)
+    return F.dropout(probabilities, dropout) @ value
+
+
+def masked_scores(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scores of attention, with all that masks them in the mask, and a finite bias."""
     scores = (query * scale) @ key.transpose(-2, -1)
     if causal:
         triangular_mask = causal_mask(query.size(-2), key.size(-2), query.device)
         mask = triangular_mask if mask is None else mask & triangular_mask
     if bias is None:
-        probabilities = normalizer(scores, mask=mask)
-    else:
-        hidden = bias <= MASK_FLOOR
-        mask = ~hidden if mask is None else mask & ~hidden
-        probabilities = normalizer.biased(scores, bias.masked_fill(hidden, 0), mask, bias_place)
-    return F.dropout(probabilities, dropout) @ value
+        return scores, mask, None
+    hidden = bias <= MASK_FLOOR
+    mask = ~hidden if mask is None else mask & ~hidden
+    return scores, mask, bias.masked_fill(hidden, 0)
 
 
 def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:

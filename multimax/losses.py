@@ -178,7 +178,7 @@ def _kernel(
     name = backend
     if backend == "auto":
         name = "triton" if features.device.type == "cuda" else "c"
-    if not normalizer.fusible:
+    if normalizer.has_steps or not normalizer.fusible:
         reason = NO_MODULATOR
     elif name == "triton":
         reason = triton_obstacle(features)

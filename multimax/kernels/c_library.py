@@ -56,6 +56,13 @@ Attention: type[ctypes.Structure] = _structure(
     bias_before=_INT64,
     d_bias=_POINTER,
     d_bias_strides=_INT64 * 4,
+    factor=_POINTER,
+    factor_strides=_STRIDES,
+    factor_first=_INT64,
+    softcap=ctypes.c_double,
+    **dict.fromkeys(("d_rows", "d_factor"), _POINTER),
+    d_factor_strides=_STRIDES,
+    d_logsumexp=_POINTER,
 )
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (Rows, Target, Attention)
 

@@ -152,7 +152,9 @@ class _Threshold(torch.autograd.Function):
 
 
 def differentiable_gradients(
-    output: Tensor, inputs: Sequence[Tensor | None], grad: Tensor
+    output: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
+    grad: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Gradients that can be differentiated again, of the inputs that need one."""
     wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]

@@ -184,11 +184,20 @@ class Normalizer(nn.Module, ABC):
 
     @property
     def fusible(self) -> bool:
-        """Whether it is SoftMax of scores with a modulation that `coefficients` can describe."""
+        """Whether it is SoftMax of scores with a modulation that `coefficients` can describe, alone
+        or with the steps of `ModulatedSoftMax`: the kernels of attention compute it.
+        """
         return False
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there is more than a modulation: a length scale, a cap or a sink. Of what is
+        `fusible`, the kernels of rows and output layers compute that which has none.
+        """
+        return self.length_scale is not None
+
     def coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The modulation as numbers, for the kernels: sigma(scale * score + shift).
+        """The modulation as numbers, for the kernels: sigma(scale * score + shift), uncapped.
 
         Args:
             dtype: of the result, fp32 or wider.

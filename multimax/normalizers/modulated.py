@@ -24,11 +24,11 @@ class ModulatedSoftMax(LogitNormalizer):
     """SoftMax of scores that are first changed one by one: the form that fused kernels accept.
 
     The steps, of which each but the last may be missing: length scale "scores", modulation, cap,
-    length scale "modulated", bias, SoftMax with a sink. The kernels take none of length scale, cap
-    and sink yet: a normalizer with one is not `fusible`.
+    length scale "modulated", bias, SoftMax with a sink. The kernels of attention take them all;
+    those of rows and of output layers take the modulation alone.
 
-    A subclass that overrides `modulate`, `forward` or `biased` is not fused unless it also
-    overrides `coefficients`, with `fusible`.
+    A subclass that overrides `modulate`, `logits`, `scaled_by_length`, `forward` or `biased` is not
+    fused unless it also overrides `coefficients`, with `fusible`.
 
     Args:
         length_scale, reference_length: as in `LogitNormalizer`.
@@ -73,16 +73,17 @@ class ModulatedSoftMax(LogitNormalizer):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         own = vars(cls)
-        if {"modulate", "forward", "biased"} & own.keys() and not {
-            "fusible",
-            "coefficients",
-        } <= own.keys():
+        changed = own.keys() & {"modulate", "logits", "scaled_by_length", "forward", "biased"}
+        if changed and not {"fusible", "coefficients"} <= own.keys():
             type.__setattr__(cls, "fusible", property(lambda self: False))
 
     @property
     def fusible(self) -> bool:
-        """Whether no step is there that the kernels do not take."""
-        return self.length_scale is None and self.softcap is None and self.sums_to_one
+        return True
+
+    @property
+    def has_steps(self) -> bool:
+        return super().has_steps or self.softcap is not None or self.sink is not None
 
     @property
     def sums_to_one(self) -> bool:
@@ -97,12 +98,14 @@ class ModulatedSoftMax(LogitNormalizer):
         """Element-wise modulated and capped scores, in compute precision (fp32 or wider)."""
 
     def _capped(self, modulated: Tensor, scores: Tensor) -> Tensor:
-        """The modulated `scores`, capped; masked by what comes in, which the cap would lift."""
+        """The modulated `scores`, capped, but for what is masked, which the cap would lift."""
         if self.softcap is None:
             return modulated
-        return soft_cap(modulated, self.softcap, scores <= MASK_FLOOR)
+        hidden = (scores <= MASK_FLOOR) | (modulated == -torch.inf)
+        return soft_cap(modulated, self.softcap, hidden)
 
-    def _sink(self, like: Tensor) -> Tensor | None:
+    def sink_score(self, like: Tensor) -> Tensor | None:
+        """The score of the sink, broadcastable to scores and in the dtype of `like`; or None."""
         if isinstance(self.sink, Tensor):
             return self._of_heads(self.sink).to(like.dtype)
         return None if self.sink is None else like.new_full((), self.sink)
@@ -116,7 +119,7 @@ class ModulatedSoftMax(LogitNormalizer):
                 "where the scores are masked after it"
             )
         scaled = self.scaled_by_length(modulated, dim, mask, -torch.inf)
-        return masked_softmax(scaled, dim, mask, self._sink(scaled))
+        return masked_softmax(scaled, dim, mask, self.sink_score(scaled))
 
     def logits(self, scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
         """What SoftMax is taken of (fp32 or wider), -inf where a length scale is and masks."""
@@ -134,7 +137,7 @@ class ModulatedSoftMax(LogitNormalizer):
         check_not_nested(scores)
         check_mask(mask, scores.shape)
         logits = self.logits(scores, dim, mask)
-        return masked_log_softmax(logits, dim, mask, self._sink(logits))
+        return masked_log_softmax(logits, dim, mask, self.sink_score(logits))
 
     def biased(
         self, scores: Tensor, bias: Tensor, mask: Tensor | None = None, place: str = "after"
@@ -154,7 +157,7 @@ class ModulatedSoftMax(LogitNormalizer):
         """As `Normalizer.forward`, also with a `bias` that is added to the modulated scores."""
         x = to_compute_precision(scores)
         check_mask(mask, x.shape)
-        lacks = None if self.fusible else c_rows.NO_MODULATOR
+        lacks = c_rows.NO_MODULATOR if self.has_steps or not self.fusible else None
         if bias is not None:
             lacks = "it has a bias"
         if not c_rows.usable(x, self, lacks):
@@ -163,7 +166,7 @@ class ModulatedSoftMax(LogitNormalizer):
             logits = self.logits(x, dim, mask)
             if bias is not None:
                 logits = logits + bias.to(x.dtype)
-            return masked_softmax(logits, dim, mask, self._sink(logits)).to(scores.dtype)
+            return masked_softmax(logits, dim, mask, self.sink_score(logits)).to(scores.dtype)
         coefficients = self.coefficients(x.dtype, x.device)
         return c_rows.modulated_softmax(x, coefficients, dim, mask).to(scores.dtype)
 

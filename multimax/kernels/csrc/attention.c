@@ -1,20 +1,22 @@
 /* Attention, forward and backward: see attention.h. */
 #include "attention.h"
 
-LAYOUT(Attention, d_bias_strides)
+LAYOUT(Attention, d_logsumexp)
 
-INLINE void forward_tile(Space *s, const Attention *a, Modulator m, int biased, int64_t b,
+INLINE void forward_tile(Space *s, const Attention *a, Modulator m, int general, int64_t b,
                          int64_t h, int64_t q, int64_t rows) {
-    int64_t seen = scores_of(s, a, biased, b, h, q, rows),
+    int64_t seen = scores_of(s, a, general, b, h, q, rows),
             first = (b * a->heads + h) * a->queries + q;
     for (int64_t i = 0; i < rows; i++) {
         real *p = s->scores + i * s->width;
-        Row row = row_of(s, a, biased, b, h, q + i);
+        Row row = row_of(s, a, general, b, h, q + i);
         real *statistics = a->statistics + 2 * (first + i);
-        if (biased)
-            normalize_row(row, m, a->order, biased_row(p, p, row, m, a->order), p, p, statistics);
-        else
+        if (general) {
+            real highest = logits_row(p, p, s->capped, row, m, a->order);
+            normalize_row(row, m, a->order, highest, p, p, statistics);
+        } else {
             BY_ORDER(a->order, forward_row(row, m, ORDER, p, p, statistics))
+        }
         drop_row(row, p);
         memset(p + row.limit, 0, (seen - row.limit) * sizeof(real));
     }
@@ -38,17 +40,13 @@ INLINE void add_row(const real *d, int64_t n, real *to, int64_t step) {
     }
 }
 
-/* Adds the gradients of the scores of some queries, or of their y, to those of the bias. */
+/* Adds the gradients of the scores of a query, or of their logits, to those of the bias. */
 static void add_to_d_bias(Space *s, const Attention *a, int64_t b, int64_t h, int64_t q,
-                          int64_t rows, int64_t seen) {
-    for (int64_t i = 0; i < rows; i++) {
-        const real *d = s->d + i * s->width;
-        if (sums_queries(a))
-            add_row(d, seen, s->d_bias + h % (a->heads / a->key_heads) * s->width, 1);
-        else
-            add_row(d, seen, (real *)at(a->d_bias, a->d_bias_strides, b, h, q + i),
-                    a->d_bias_strides[3]);
-    }
+                          const real *d, int64_t seen) {
+    if (sums_queries(a))
+        add_row(d, seen, s->d_bias + h % (a->heads / a->key_heads) * s->width, 1);
+    else
+        add_row(d, seen, (real *)at(a->d_bias, a->d_bias_strides, b, h, q), a->d_bias_strides[3]);
 }
 
 /* p of a row again, from its y and statistics. */
@@ -62,10 +60,24 @@ INLINE void recompute_row(Row row, const real *statistics, real *p) {
 static void pull_back_tile(Space *s, const Attention *a, Modulator m, int64_t rows, double *sums){
     BY_ORDER(a -> order, pull_back(s->scores, s->d, rows * s->width, m, ORDER, sums))}
 
+/* The same of what comes before the modulator: the factor, and then the bias. */
+static void pull_back_before(Space *s, const Attention *a, int64_t b, int64_t h, int64_t q,
+                             int64_t rows, int64_t seen) {
+    for (int64_t i = 0; i < rows; i++) {
+        real *d = s->d + i * s->width;
+        if (a->factor && a->factor_first) {
+            real factor = factor_of(a, b, h, q + i);
+            double of_factor = pull_back_factor(s->scores + i * s->width, d, seen, factor);
+            if (a->d_rows) a->d_rows[(b * a->heads + h) * a->queries + q + i] = of_factor;
+        }
+        if (a->d_bias && a->bias_before) add_to_d_bias(s, a, b, h, q + i, d, seen);
+    }
+}
+
 /* Adds to d_key, d_value and d_bias of the space and writes d_query. */
-INLINE void backward_tile(Space *s, const Attention *a, Modulator m, int order, int biased,
+INLINE void backward_tile(Space *s, const Attention *a, Modulator m, int order, int general,
                           int64_t b, int64_t h, int64_t q, int64_t rows, double *sums) {
-    int64_t seen = scores_of(s, a, biased, b, h, q, rows),
+    int64_t seen = scores_of(s, a, general, b, h, q, rows),
             first = (b * a->heads + h) * a->queries + q;
     const real *query = at(a->query, a->query_strides, b, h, q);
     const real *d_out = at(a->d_out, a->d_out_strides, b, h, q);
@@ -75,28 +87,33 @@ INLINE void backward_tile(Space *s, const Attention *a, Modulator m, int order, 
              s->d, s->width, 0);
     for (int64_t i = 0; i < rows; i++) {
         real *p = s->p + i * s->width, *d = s->d + i * s->width;
-        Row row = row_of(s, a, biased, b, h, q + i);
+        Row row = row_of(s, a, general, b, h, q + i);
         const real *scores = s->scores + i * s->width,
                    *statistics = a->statistics + 2 * (first + i);
-        if (biased)
-            biased_row(scores, p, row, m, order);
+        if (general)
+            logits_row(scores, p, s->capped, row, m, order);
         else
             modulate_row(scores, p, row, m, order);
         recompute_row(row, statistics, p);
         const real *out = at(a->out, a->out_strides, b, h, q + i);
         real delta = (real)dot(s->d_out + i * s->value_dim, out, a->value_dim);
+        if (a->d_logsumexp) delta -= a->d_logsumexp[first + i];
         subtract_mean_row(row, p, d, delta, d);
         drop_row(row, p);
-        if ((row.mask || biased) && !isfinite(delta)) {
+        if ((row.mask || general) && !isfinite(delta)) {
             hide_row(row, p);
             hide_row(row, d);
         }
         memset(p + row.limit, 0, (seen - row.limit) * sizeof(real));
         memset(d + row.limit, 0, (s->width - row.limit) * sizeof(real));
+        if (general && a->d_bias && !a->bias_before) add_to_d_bias(s, a, b, h, q + i, d, seen);
+        if (general && row.capped) {
+            double of_factor = pull_back_cap(row, s->capped, d);
+            if (a->d_rows) a->d_rows[first + i] = of_factor;
+        }
     }
-    if (biased && a->d_bias && !a->bias_before) add_to_d_bias(s, a, b, h, q, rows, seen);
     pull_back_tile(s, a, m, rows, sums);
-    if (biased && a->d_bias && a->bias_before) add_to_d_bias(s, a, b, h, q, rows, seen);
+    if (general) pull_back_before(s, a, b, h, q, rows, seen);
     multiply(seen, s->value_dim, rows, s->p, 1, s->width, s->d_out, s->value_dim, s->d_value,
              s->value_dim, 1);
     multiply(seen, s->dim, rows, s->d, 1, s->width, s->query, s->dim, s->d_key, s->dim, 1);
@@ -124,7 +141,7 @@ int attention_forward(const Attention *a) {
                     b = index / tiles / a->heads;
             int64_t rows = a->queries - q < tile ? a->queries - q : tile;
             pack(&space, a, b, h / (a->heads / a->key_heads), 0);
-            if (a->bias)
+            if (a->bias || has_steps(a))
                 forward_tile(&space, a, m, 1, b, h, q, rows);
             else
                 forward_tile(&space, a, m, 0, b, h, q, rows);
@@ -145,7 +162,7 @@ static void backward_share(Space *s, const Attention *a, Modulator m, int64_t b,
     for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
         for (int64_t q = start; q < end; q += s->tile) {
             int64_t rows = end - q < s->tile ? end - q : s->tile;
-            if (a->bias)
+            if (a->bias || has_steps(a))
                 backward_tile(s, a, m, (int)a->order, 1, b, h, q, rows, sums);
             else
                 BY_ORDER(a->order, backward_tile(s, a, m, ORDER, 0, b, h, q, rows, sums))
@@ -169,7 +186,18 @@ static void add_share(Space *s, const Attention *a, int64_t b, int64_t key_head)
                 a->d_bias_strides[3]);
 }
 
-/* d_key, d_value and d_bias must be zero. Few heads are split into shares of their queries, which
+/* The gradients of the factor from those of each row, in a fixed order. */
+static void add_up_factor(const Attention *a) {
+    for (int64_t b = 0; b < a->batch; b++)
+        for (int64_t h = 0; h < a->heads; h++)
+            for (int64_t q = 0; q < a->queries; q++) {
+                const int64_t *step = a->d_factor_strides;
+                a->d_factor[b * step[0] + h * step[1] + q * step[2]] +=
+                    a->d_rows[(b * a->heads + h) * a->queries + q];
+            }
+}
+
+/* d_key, d_value, d_bias and d_factor must be zero. Few heads are split into shares of their queries, which
    are added up in a fixed order. So are heads that have the same rows of the bias: they take turns.
  */
 int attention_backward(const Attention *a) {
@@ -209,5 +237,6 @@ int attention_backward(const Attention *a) {
         free(space.memory);
     }
     add_up(a->sums, partial, failed ? 0 : turns * total, (int)a->order);
+    if (a->d_factor && !failed) add_up_factor(a);
     return failed;
 }

@@ -1,15 +1,15 @@
 /* Attention, out = dropout(SoftMax(sigma(query key^T) + bias)) value, forward and backward; the
-   bias may also be inside of sigma. No matrix of queries x keys is ever held: a tile of some
+   bias may also be inside of sigma, and there may be steps.h around sigma. No matrix of queries x keys is ever held: a tile of some
    queries is worked off in the cache, and the backward pass computes it again from two numbers per
    row, its highest y and 1 / sum.
 
-   This is what both passes share. `biased` is known when it is compiled: the code of a bias would
-   slow down that without one by 2 %.
+   This is what both passes share. `general` is known when it is compiled: the code of bias and
+   steps would slow down that without them by 2 %.
 
    Source: Dao, FlashAttention-2, 2023, for the recomputation and delta = sum(out d_out). */
 #pragma once
 #include "gemm.h"
-#include "softmax_row.h"
+#include "steps.h"
 
 #define TILE_ENTRIES                                                                               \
     65536               /* of the scores of a tile, which share the L2 cache with keys and values */
@@ -36,6 +36,14 @@ typedef struct {
     int64_t bias_before;       /* it is added to the scores, before they are modulated */
     real *d_bias;              /* or NULL */
     int64_t d_bias_strides[4]; /* 0 where the bias is broadcast; of the keys 0 or 1 */
+    const real *factor;        /* of each row, or NULL; score_scale is 1 if there is a step */
+    int64_t factor_strides[3]; /* batch, head, query */
+    int64_t factor_first;      /* it multiplies the scores, not what is modulated and capped */
+    double softcap;            /* 0: none */
+    double *d_rows, *d_factor; /* gradients of each row's factor (batch, heads, queries), and their
+                                  sums; or NULL */
+    int64_t d_factor_strides[3];
+    const real *d_logsumexp; /* (batch, heads, queries), or NULL */
 } Attention;
 
 /* What a thread works with. Widths are padded to whole tiles of the matrix product. */
@@ -46,6 +54,7 @@ typedef struct {
     real *query, *d_out, *result;        /* (tile, dim) */
     real *scores, *p, *d;                /* (tile, width) */
     real *d_key, *d_value;               /* (keys, dim) */
+    real *capped;                        /* what is capped of a row, for its steps */
     real *bias;                          /* of a row, if its entries are not side by side */
     real *d_bias; /* (heads of a key head, width), of all queries, if they have the same bias */
     real *memory;
@@ -57,6 +66,8 @@ INLINE int64_t tile_rows(const Attention *a) {
     int64_t rows = TILE_ENTRIES / (padded(a->keys) + 1) / 8 * 8;
     return rows < 8 ? 8 : rows > MOST_QUERIES ? MOST_QUERIES : rows;
 }
+
+INLINE int has_steps(const Attention *a) { return a->factor || a->softcap > 0; }
 
 /* Whether the gradient of the bias is a sum over queries. */
 INLINE int sums_queries(const Attention *a) { return a->d_bias && !a->d_bias_strides[2]; }
@@ -81,6 +92,7 @@ static int reserve(Space *s, const Attention *a, int backward) {
         {&s->d, s->tile * s->width, 0},
         {&s->d_key, a->keys * s->dim, 0},
         {&s->d_value, a->keys * s->value_dim, 0},
+        {&s->capped, has_steps(a) ? s->width : 0, 1},
         {&s->bias, a->bias ? s->width : 0, 1},
         {&s->d_bias, sums_queries(a) ? a->heads / a->key_heads * s->width : 0, 0},
     };
@@ -134,9 +146,23 @@ INLINE const real *bias_of(Space *s, const Attention *a, int64_t b, int64_t h, i
     return s->bias;
 }
 
-INLINE Row row_of(Space *s, const Attention *a, int biased, int64_t b, int64_t h, int64_t q) {
-    Row row = {.limit = limit_of(a, q), .bias_before = (int)a->bias_before};
-    if (biased) row.bias = bias_of(s, a, b, h, q, row.limit);
+/* The factor of a row, 1 if there is none. */
+INLINE real factor_of(const Attention *a, int64_t b, int64_t h, int64_t q) {
+    return a->factor ? *at(a->factor, a->factor_strides, b, h, q) : 1;
+}
+
+INLINE Row row_of(Space *s, const Attention *a, int general, int64_t b, int64_t h, int64_t q) {
+    Row row = {.limit = limit_of(a, q)};
+    if (general && a->bias) {
+        row.bias = bias_of(s, a, b, h, q, row.limit);
+        row.bias_before = (int)a->bias_before;
+    }
+    if (general && has_steps(a)) {
+        real factor = factor_of(a, b, h, q);
+        row.stepped = 1, row.capped = a->softcap > 0 || (a->factor && !a->factor_first);
+        row.before = a->factor_first ? factor : 1, row.after = a->factor_first ? 1 : factor;
+        row.cap = (real)a->softcap;
+    }
     if (a->mask)
         row.mask =
             a->mask + b * a->mask_strides[0] + h * a->mask_strides[1] + q * a->mask_strides[2];
@@ -149,15 +175,18 @@ INLINE Row row_of(Space *s, const Attention *a, int biased, int64_t b, int64_t h
     return row;
 }
 
-/* Scores of some queries, with a bias that is added before they are modulated, up to the last key
-   that one of them sees, whose number is returned. */
-INLINE int64_t scores_of(Space *s, const Attention *a, int biased, int64_t b, int64_t h, int64_t q,
+/* Scores of some queries, as they are modulated: with a bias and a factor that come before. Up to
+   the last key that one of them sees, whose number is returned. */
+INLINE int64_t scores_of(Space *s, const Attention *a, int general, int64_t b, int64_t h, int64_t q,
                          int64_t rows) {
     int64_t seen = limit_of(a, q + rows - 1);
     const real *query = at(a->query, a->query_strides, b, h, q);
     multiply(rows, padded(seen), a->dim, query, a->query_strides[2], 1, s->key_T, s->width,
              s->scores, s->width, 0);
-    for (int64_t i = 0; biased && a->bias_before && i < rows; i++)
-        add_bias_row(row_of(s, a, biased, b, h, q + i), s->scores + i * s->width);
+    for (int64_t i = 0; general && i < rows; i++) {
+        Row row = row_of(s, a, general, b, h, q + i);
+        if (row.bias_before) add_bias_row(row, s->scores + i * s->width);
+        if (row.stepped) prepare_row(row, s->scores + i * s->width);
+    }
     return seen;
 }

@@ -86,6 +86,8 @@ typedef struct {
     int bias_before;         /* it is in the scores; else it is added to y */
     uint32_t key, threshold; /* of its dropout */
     real factor;             /* of the entries that dropout keeps; 0: no dropout */
+    int stepped, capped;     /* it has steps around the modulator, and some of them after it */
+    real before, after, cap; /* its factors there, 1 if there are none; its cap, 0 if none */
 } Row;
 
 INLINE int64_t row_count(const Rows *rows) { return rows->outer * rows->heads * rows->queries; }
@@ -123,9 +125,13 @@ INLINE real kept(Row row, int64_t column) {
     return x >= row.threshold ? row.factor : 0;
 }
 
-/* exp(x) for x <= 0 to about 1 unit in the last place; 0 below LOWEST_EXPONENT, NaN for NaN.
-   x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for exp(r). */
-INLINE real exponential(real x) {
+/* exp(x) = 2^n (1 + r polynomial) for x <= 0, by x = n ln 2 + r with |r| <= ln 2 / 2. Of x below
+   LOWEST_EXPONENT it is that of LOWEST_EXPONENT. */
+typedef struct {
+    real r, polynomial, two_to_n;
+} Exponent;
+
+INLINE Exponent exponent_of(real x) {
     real bounded = x < LOWEST_EXPONENT ? LOWEST_EXPONENT : x;
     real shifted = bounded * (real)1.4426950408889634 + ROUNDER;
     real n = shifted - ROUNDER;
@@ -152,11 +158,24 @@ INLINE real exponential(real x) {
     power = power * r + 0.49999992f;
 #endif
     power = power * r + 1;
-    power = power * r + 1;
     integer bits;
     memcpy(&bits, &shifted, sizeof bits);
     bits = (integer)((uint64_t)(bits + EXPONENT_BIAS) << EXPONENT_BITS); /* low bits hold n */
-    real two_to_n;
-    memcpy(&two_to_n, &bits, sizeof bits);
-    return x < LOWEST_EXPONENT ? 0 : power * two_to_n;
+    Exponent e = {.r = r, .polynomial = power};
+    memcpy(&e.two_to_n, &bits, sizeof bits);
+    return e;
+}
+
+/* exp(x) for x <= 0 to about 1 unit in the last place; 0 below LOWEST_EXPONENT, NaN for NaN. */
+INLINE real exponential(real x) {
+    Exponent e = exponent_of(x);
+    return x < LOWEST_EXPONENT ? 0 : (e.polynomial * e.r + 1) * e.two_to_n;
+}
+
+/* tanh(x) to about 2 units in the last place, also of small x: from exp(-2 |x|) - 1. */
+INLINE real hyperbolic_tangent(real x) {
+    Exponent e = exponent_of(x < 0 ? 2 * x : -2 * x);
+    real less = e.polynomial * e.r * e.two_to_n + (e.two_to_n - 1);
+    real tangent = less / (2 + less);
+    return x < 0 ? tangent : -tangent;
 }

@@ -25,14 +25,6 @@ INLINE real add_bias_row(Row row, real *y) {
     return highest;
 }
 
-/* y of a row with its bias; returns the largest. One function for all that call it, of all orders.
- */
-static inline real biased_row(const real *x, real *y, Row row, Modulator m, int order) {
-    real highest;
-    BY_ORDER(order, highest = modulate_row(x, y, row, m, ORDER))
-    return row.bias_before ? highest : add_bias_row(row, y);
-}
-
 /* Exactly 0 where mask or bias mask, also next to NaN. */
 RARE void hide_row(Row row, real *p) {
     if (row.mask) mask_row(row, p, p);
