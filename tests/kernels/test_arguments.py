@@ -144,17 +144,26 @@ ops = torch.ops.multimax
 ROWS, WIDE = torch.zeros(4, 8), torch.zeros(4, 8, dtype=torch.float64)
 COEFFICIENTS, MASK = torch.tensor([1.0, 0.0]), torch.ones(4, 8, dtype=torch.bool)
 QUERY, STATISTICS = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 2)
-OPTIONS = (None, None, None, False, 0.0, 1.0, False)
-BIAS = torch.zeros(1, 2, 4, 4)
+OPTIONS = (None, None, None, None, False, 0.0, 1.0, False, True, None)
+BIAS, FACTOR, SUMS = torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 1, 1), STATISTICS[..., 0]
 
 
-def backward(query=QUERY, out=QUERY, statistics=STATISTICS, grad=QUERY, bias=BIAS):
-    kept = (out, statistics, grad, True, True)
-    return ops.attention_backward(query, QUERY, QUERY, COEFFICIENTS, bias, *OPTIONS[1:], *kept)
+def backward(
+    out=QUERY,
+    statistics=STATISTICS,
+    grad=QUERY,
+    bias=BIAS,
+    factor=FACTOR,
+    of_sum=STATISTICS[..., 0],
+):
+    inputs = (QUERY, QUERY, QUERY, COEFFICIENTS, bias, factor)
+    kept = (out, statistics, grad, of_sum, True, True, True)
+    return ops.attention_backward(*inputs, *OPTIONS[2:], *kept)
 
 
-def forward_of_bias(bias):
-    return ops.attention_forward(QUERY, QUERY, QUERY, COEFFICIENTS, bias, *OPTIONS[1:])
+def forward_of(bias=BIAS, factor=FACTOR):
+    inputs = (QUERY, QUERY, QUERY, COEFFICIENTS, bias, factor)
+    return ops.attention_forward(*inputs, *OPTIONS[2:])
 
 
 # The operators themselves, with one argument that they would misread.
@@ -184,16 +193,22 @@ MISREAD = {
         QUERY[:, :1], QUERY, QUERY, COEFFICIENTS, *OPTIONS
     ),
     "mask of attention": lambda: ops.attention_forward(
-        QUERY, QUERY, QUERY, COEFFICIENTS, None, torch.ones(4, 4), *OPTIONS[2:]
+        QUERY, QUERY, QUERY, COEFFICIENTS, None, None, torch.ones(4, 4), *OPTIONS[3:]
     ),
-    "bias of three dimensions": lambda: forward_of_bias(BIAS[0]),
-    "bias that does not fit": lambda: forward_of_bias(BIAS[..., :3]),
-    "bias of booleans": lambda: forward_of_bias(BIAS.bool()),
-    "bias of float8": lambda: forward_of_bias(BIAS.to(torch.float8_e4m3fn)),
+    "bias of three dimensions": lambda: forward_of(BIAS[0]),
+    "bias that does not fit": lambda: forward_of(BIAS[..., :3]),
+    "bias of booleans": lambda: forward_of(BIAS.bool()),
+    "bias of float8": lambda: forward_of(BIAS.to(torch.float8_e4m3fn)),
     "bias of the backward pass": lambda: backward(bias=BIAS[:, :, :2]),
     "grad of attention": lambda: backward(grad=QUERY.double()),
     "a part of grad of attention": lambda: backward(grad=QUERY[:, :, :2]),
     "a part of out": lambda: backward(out=QUERY[..., :2]),
+    "factor of each key": lambda: forward_of(factor=BIAS),
+    "factor of two dimensions": lambda: forward_of(factor=FACTOR[0, 0]),
+    "factor of integers": lambda: forward_of(factor=FACTOR.int()),
+    "factor of the backward pass": lambda: backward(factor=FACTOR.expand(1, 2, 3, 1)),
+    "grad of log sum exp": lambda: backward(of_sum=SUMS.double()),
+    "a part of grad of log sum exp": lambda: backward(of_sum=SUMS[:, :, 1:]),
     "statistics": lambda: backward(statistics=STATISTICS.double()),
     "a part of statistics": lambda: backward(statistics=STATISTICS[:, :, :1]),
 }
@@ -205,4 +220,4 @@ def test_operators_check_every_argument(case):
     with pytest.raises((ValueError, NotImplementedError)):
         MISREAD[case]()
     assert torch.equal(ops.softmax_forward(ROWS, COEFFICIENTS, MASK).sum(-1), torch.ones(4))
-    assert len(backward()) == 5
+    assert len(backward()) == 6

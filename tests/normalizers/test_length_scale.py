@@ -48,7 +48,9 @@ def test_it_multiplies_the_scores_by_s_log_n(name, place):
     reference = plain(name)
     x = rows(REFERENCE)
     torch.testing.assert_close(module(x), reference(x), rtol=1e-6, atol=1e-7)  # fp32 of the start
-    assert not module.fusible
+    assert module.has_steps
+    assert module.fusible == reference.fusible
+    assert not reference.has_steps
     with torch.no_grad():
         module.log_length_factor.fill_(math.log(0.3))
     for length in (2, 9):

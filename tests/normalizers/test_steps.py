@@ -1,11 +1,18 @@
-"""The steps of `ModulatedSoftMax` that no kernel takes yet: soft cap and sink."""
+"""The steps of `ModulatedSoftMax` around its modulation: soft cap and sink."""
 
 import math
 
 import pytest
 import torch
 
-from multimax import MultiMax, SoftMax, build_normalizer, use_backend
+from multimax import (
+    MultiMax,
+    SoftMax,
+    build_normalizer,
+    linear_output_loss,
+    output_loss,
+    use_backend,
+)
 from multimax.attention import attention
 from multimax.functional import modulate
 
@@ -47,8 +54,10 @@ def test_limits_are_the_plain_normalizer(make):
     torch.testing.assert_close(make(sink=-1e6)(X), plain(X))
     assert make(sink=1e6)(X).eq(0).all()
     assert plain.fusible
-    assert not make(softcap=1e9).fusible
-    assert not make(sink=-1e6).fusible
+    assert not plain.has_steps
+    for options in ({"softcap": 1e9}, {"sink": -1e6}):
+        assert make(**options).fusible
+        assert make(**options).has_steps
 
 
 @pytest.mark.parametrize("fill", [-math.inf, -1e9, -1e4])
@@ -70,18 +79,34 @@ def test_the_cap_lifts_no_mask(make, fill):
     assert module.sink.grad.isfinite()
 
 
-def test_attention_falls_to_the_definition_and_a_named_kernel_refuses():
-    query, key, value = (torch.randn(1, 2, 5, 4) for _ in range(3))
+def test_what_the_kernels_take():
+    """Attention in C; neither the rows alone nor an output layer."""
+    query, key, value = (torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(3))
     for options in ({"softcap": 1.0}, {"sink": 0.0}, {"length_scale": "modulated"}):
         for name in ("softmax", "multimax"):
-            module = build_normalizer(name, **options)
+            module = build_normalizer(name, **options).double()
             out = attention(query, key, value, module)
-            assert out.equal(attention(query, key, value, module, backend="eager"))
-            for backend in ("c", "triton"):
-                with pytest.raises(ValueError, match=f"'{backend}' cannot compute this attention"):
-                    attention(query, key, value, module, backend=backend)
+            torch.testing.assert_close(out, attention(query, key, value, module, backend="eager"))
+            with pytest.raises(ValueError, match="'triton' cannot compute this attention"):
+                attention(query, key, value, module, backend="triton")
             with use_backend("c"), pytest.raises(ValueError, match="'c' cannot compute"):
                 module(torch.randn(2, 3))
+            if module.sums_to_one:
+                loss = linear_output_loss(module, query[0, 0], key[0, 0], torch.arange(5))
+                expected = output_loss(module, query[0, 0] @ key[0, 0].mT, torch.arange(5))
+                torch.testing.assert_close(loss, expected)
+                with use_backend("c"), pytest.raises(ValueError, match="'c' cannot compute linear"):
+                    linear_output_loss(module, query[0, 0], key[0, 0], torch.arange(5))
+
+
+def test_the_cap_keeps_what_the_modulation_masks():
+    """A modulated score of -inf would be one of -c, which the limit of a large cap is not."""
+    scores = torch.tensor([1.0, 2.0, -8e3], dtype=torch.float64)
+    for cap in (1e9, 2.0):
+        module = multimax(affine=True, softcap=cap)
+        with torch.no_grad():
+            module.shift.fill_(-4e3)
+        assert module(scores)[2] == 0
 
 
 def test_what_is_shown():
