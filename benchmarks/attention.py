@@ -2,8 +2,11 @@
 
 python -m benchmarks.attention                         # 49 to 4,096 tokens, 6 heads of 64
 python -m benchmarks.attention --causal --tokens 512 1024
+python -m benchmarks.attention --steps                 # length scale, cap and sink beside plain
 """
 
+import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,8 +17,17 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.formulations import official_attention, script
-from benchmarks.report import Row, arguments_of, draw_lines, finish, measure, print_table
-from benchmarks.timing import INFERENCE, Workload
+from benchmarks.report import (
+    Row,
+    arguments_of,
+    context,
+    draw_lines,
+    finish,
+    measure,
+    print_table,
+    write_csv,
+)
+from benchmarks.timing import INFERENCE, Workload, quantiles, time_phases
 from multimax.attention import attention
 from multimax.normalizers import build_normalizer
 
@@ -31,6 +43,23 @@ PROVIDERS = (
     "MultiMax, official",
     "MultiMax, official, TorchScript",
 )
+# Options of SoftMax and MultiMax by what follows their name and " + ".
+STEPS: dict[str, dict[str, Any]] = {
+    "": {},
+    "scores x log n": {"length_scale": "scores"},
+    "modulated x log n": {"length_scale": "modulated"},
+    "cap": {"softcap": 20.0},
+    "sink": {"sink": 0.0},
+    "log n, cap, sink": {"length_scale": "modulated", "softcap": 20.0, "sink": 0.0},
+}
+STEP_SHAPES = ((8, 6, 197), (1, 8, 1024))  # batch, heads, tokens
+STEP_COLUMNS = {
+    "provider": "provider",
+    "step_ms": "training, ms",
+    "step_range": "p20 - p80",
+    "plain_ratio": "x plain",
+    "eager_ratio": "x eager",
+}
 COLUMNS = {
     "provider": "provider",
     "forward_ms": "forward, ms",
@@ -46,11 +75,11 @@ COLUMNS = {
 
 
 def workloads(
-    providers: Sequence[str], tokens: int, batch: int, causal: bool
+    providers: Sequence[str], tokens: int, batch: int, causal: bool, heads: int = HEADS
 ) -> dict[str, Workload]:
     """Training and inference over (batch, heads, tokens, head_dim) tensors, by provider."""
     torch.manual_seed(0)
-    shape = (batch, HEADS, tokens, HEAD_DIM)
+    shape = (batch, heads, tokens, HEAD_DIM)
     inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
     upstream = torch.randn(shape)
     made = {}
@@ -77,7 +106,9 @@ def _build(name: str, causal: bool) -> tuple[Callable[..., Tensor], list[Tensor]
     """`(query, key, value) -> out`, and its parameters."""
     if name == "SDPA":
         return partial(F.scaled_dot_product_attention, is_causal=causal), []
-    normalizer = build_normalizer("softmax" if name.startswith("SoftMax") else "multimax")
+    kind = "softmax" if name.startswith("SoftMax") else "multimax"
+    steps = name.removesuffix(", eager").partition(" + ")[2]
+    normalizer = build_normalizer(kind, **STEPS[steps])
     parameters: list[Tensor] = list(normalizer.parameters())
     if "official" in name:
         function = script(official_attention) if name.endswith("Script") else official_attention
@@ -90,6 +121,31 @@ def _build(name: str, causal: bool) -> tuple[Callable[..., Tensor], list[Tensor]
 def batch_size(tokens: int) -> int:
     """Sequences of a batch: about as many scores for every length, and at least one sequence."""
     return max(1, SCORES // (HEADS * tokens**2))
+
+
+def measure_steps(
+    batch: int, heads: int, tokens: int, causal: bool, rounds: int, seconds: float
+) -> list[Row]:
+    """A row for each kind and each of `STEPS`: median times of a training step, without inference.
+
+    `plain_ratio` is to the kernel without steps, `eager_ratio` to the same in torch operations.
+    """
+    forms = itertools.product(("SoftMax", "MultiMax"), STEPS, ("", ", eager"))
+    names = [f"{kind} + {steps}".removesuffix(" + ") + how for kind, steps, how in forms]
+    made = workloads(names, tokens, batch, causal, heads)
+    for name, workload in made.items():
+        training = {phase: workload.phases[phase] for phase in ("forward", "backward")}
+        made[name] = Workload(training, workload.leaves)
+    found = {name: quantiles(times) for name, times in time_phases(made, rounds, seconds).items()}
+    shape = {"batch": batch, "heads": heads, "tokens": tokens, "causal": causal}
+    rows = []
+    for name in names:
+        step, plain = found[name]["step_ms"], found[name.split(" + ")[0].split(",")[0]]["step_ms"]
+        ratios = {"plain_ratio": step / plain}
+        if not name.endswith("eager"):
+            ratios["eager_ratio"] = step / found[f"{name}, eager"]["step_ms"]
+        rows.append({**shape, "provider": name, **found[name], **ratios})
+    return rows
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -124,8 +180,11 @@ def main(command: Sequence[str] | None = None) -> None:
     parser = arguments_of(__doc__, PROVIDERS, rounds=25)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--steps", action="store_true", help="of SoftMax and MultiMax alone")
     arguments = parser.parse_args(command)
     causal, rows = arguments.causal, []
+    if arguments.steps:
+        return _compare_steps(arguments)
     warmup = {"tokens": 4, "batch": 1, "causal": causal}
     for tokens in arguments.tokens:
         options = {"tokens": tokens, "batch": batch_size(tokens), "causal": causal}
@@ -137,6 +196,20 @@ def main(command: Sequence[str] | None = None) -> None:
         rows += measured
     name = "attention_causal" if causal else "attention"
     finish(name, rows, arguments.threads, arguments.results, draw)
+
+
+def _compare_steps(arguments: argparse.Namespace) -> None:
+    causal, rows = arguments.causal, []
+    torch.set_num_threads(arguments.threads)
+    for shape in STEP_SHAPES:
+        measured = measure_steps(*shape, causal, arguments.rounds, arguments.seconds)
+        title = "{} x {} heads x {} tokens x {}, causal={}".format(*shape, HEAD_DIM, causal)
+        print_table(f"{title}, fp32, {arguments.threads} thread(s)", measured, STEP_COLUMNS)
+        rows += measured
+    name = "attention_steps_causal" if causal else "attention_steps"
+    path = arguments.results / "benchmarks" / f"{name}.csv"
+    write_csv(path, rows, context(arguments.threads))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,11 @@ def use_backend(name: str) -> Iterator[None]:
         name: "auto" takes the fastest that the device, the shapes and the normalizer allow;
             "eager" is the definition, in plain torch operations; "c" are the kernels for the CPU:
             attention and the output layer with SoftMax of scores with a modulator of order <= 2,
-            and the normalizers but for other orders and for entmax of other alphas than 1.5 and 2;
-            "triton" are those for CUDA: the same attention and output layer, no normalizer. A
-            kernel that is asked for by name raises ValueError where it cannot run; `logits`,
-            `log_probabilities`, cross-entropy in `output_loss` and metrics have but one form.
+            and the normalizers but for other orders and for entmax of other alphas than 1.5 and 2,
+            with a length scale, a cap or a sink attention alone; "triton" are those for CUDA: the
+            same attention and output layer, no normalizer. A kernel that is asked for by name
+            raises ValueError where it cannot run; `logits`, `log_probabilities`, cross-entropy in
+            `output_loss` and metrics have but one form.
     """
     global _traced
     check_backend(name)

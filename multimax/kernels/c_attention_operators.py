@@ -101,9 +101,10 @@ def attention_backward(
     d_bias = q.new_zeros(0 if bias is None or not of_bias else bias.shape)
     if of_bias:
         arguments.d_bias, arguments.d_bias_strides = address(d_bias, q.dtype), _broadcast(d_bias)
-    d_factor = torch.zeros(factor.shape if of_factor else 0, dtype=torch.float64)
-    d_rows = torch.zeros(q.shape[:3] if of_factor else 0, dtype=torch.float64)
+    shape = 0 if factor is None or not of_factor else factor.shape
+    d_factor = torch.zeros(shape, dtype=torch.float64)
     if of_factor:
+        d_rows = torch.zeros(q.shape[:3], dtype=torch.float64)
         arguments.d_rows = address(d_rows, torch.float64)
         arguments.d_factor = address(d_factor, torch.float64)
         arguments.d_factor_strides = _broadcast(d_factor)[:3]

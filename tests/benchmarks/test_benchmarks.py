@@ -83,6 +83,22 @@ def test_command_writes_csv_and_figure(module, command, name, columns, tmp_path,
     assert (tmp_path / "figures" / f"benchmark_{name}.png").stat().st_size > 10_000
 
 
+def test_steps_of_attention_beside_the_plain_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(attention, "STEP_SHAPES", ((1, 2, 5),))
+    attention.main(["--steps", "--rounds", "2", "--results", str(tmp_path)])
+    rows = {row["provider"]: row for row in read(tmp_path / "benchmarks" / "attention_steps.csv")}
+    assert len(rows) == 4 * len(attention.STEPS)
+    assert float(rows["MultiMax"]["plain_ratio"]) == 1
+    time = {name: float(row["step_ms"]) for name, row in rows.items()}
+    cap = rows["MultiMax + cap"]
+    assert float(cap["plain_ratio"]) == pytest.approx(time["MultiMax + cap"] / time["MultiMax"])
+    eager = time["MultiMax + cap, eager"]
+    assert float(cap["eager_ratio"]) == pytest.approx(time["MultiMax + cap"] / eager)
+    for names in ({name, f"{name}, eager"} for name in rows if "eager" not in name):
+        made = attention.workloads(sorted(names), 5, 1, False).values()
+        torch.testing.assert_close(*map(first_step, made), rtol=1e-5, atol=1e-6)
+
+
 def test_the_monitor_of_every_hundredth_step(tmp_path, small):
     common = ["--rounds", "3", "--results", str(tmp_path)]
     monitoring.main(["--models", "language", *common])

@@ -148,14 +148,7 @@ OPTIONS = (None, None, None, None, False, 0.0, 1.0, False, True, None)
 BIAS, FACTOR, SUMS = torch.zeros(1, 2, 4, 4), torch.ones(1, 2, 1, 1), STATISTICS[..., 0]
 
 
-def backward(
-    out=QUERY,
-    statistics=STATISTICS,
-    grad=QUERY,
-    bias=BIAS,
-    factor=FACTOR,
-    of_sum=STATISTICS[..., 0],
-):
+def backward(out=QUERY, statistics=STATISTICS, grad=QUERY, bias=BIAS, factor=FACTOR, of_sum=SUMS):
     inputs = (QUERY, QUERY, QUERY, COEFFICIENTS, bias, factor)
     kept = (out, statistics, grad, of_sum, True, True, True)
     return ops.attention_backward(*inputs, *OPTIONS[2:], *kept)
