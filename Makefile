@@ -51,7 +51,7 @@ $(FAIRSEQ_VENV)/complete: $(VENV)/complete requirements/fairseq.txt
 # A report ends the process, so that it must reach the terminal: no capture of file descriptors.
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -g
 SANITIZED := -m pytest -n 0 --capture=sys $(addprefix tests/kernels/test_,c_attention.py c_attention_bias.py \
-	c_attention_bias_values.py c_attention_dropout.py c_rows.py c_rows_values.py linear_loss.py arguments.py \
+	c_attention_bias_values.py c_attention_dropout.py c_steps.py c_rows.py c_rows_values.py linear_loss.py arguments.py \
 	backend.py)
 
 test-sanitized: setup ## tests of the C kernels under gcc's AddressSanitizer and UBSan, some minutes

@@ -83,7 +83,8 @@ class ModulatedSoftMax(LogitNormalizer):
 
     @property
     def has_steps(self) -> bool:
-        return super().has_steps or self.softcap is not None or self.sink is not None
+        # Not by `super()`, whose properties are always true to torch.compile.
+        return not (self.length_scale is None and self.softcap is None and self.sink is None)
 
     @property
     def sums_to_one(self) -> bool:
