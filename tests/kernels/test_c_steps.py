@@ -118,24 +118,26 @@ SPECIAL = [0.5, -math.inf, math.inf, math.nan, MASK_FLOOR, MASK_FLOOR + 1, -6e3,
 def test_special_scores(modulation, steps, dtype):
     """As in the definition with the same factor: what is masked, what is NaN, and its gradients."""
     module = build(modulation, steps).to(dtype)
-    module.length_factor = lambda log_length: torch.full_like(log_length, 2.0)
-    query, eye = torch.ones(1, 4, 1, 1, dtype=dtype), torch.eye(3, dtype=dtype)
-    eye = eye.expand(1, 4, 3, 3)
-    for score, added in itertools.product(SPECIAL, (None, 0.0, -math.inf, math.inf, math.nan)):
+    eye = torch.eye(3, dtype=dtype).expand(1, 4, 3, 3)
+    query = torch.ones(1, 4, 1, 1, dtype=dtype)
+    rows = [((0.3, -0.2, x), 2.0, y) for x, y in itertools.product(SPECIAL, (None, *SPECIAL[:4]))]
+    rows += [((x, x, x), factor, None) for x in SPECIAL for factor in (0.5, 2.0)]
+    for scores, factor, added in rows:
+        module.length_factor = lambda log_length, factor=factor: torch.full_like(log_length, factor)
         bias = None if added is None else torch.tensor([0.1, 0.7, added]).to(dtype)
-        key = torch.tensor([0.3, -0.2, score], dtype=dtype).requires_grad_()
+        key = torch.tensor(scores, dtype=dtype).requires_grad_()
         tensors = (query, key[:, None].expand(1, 4, 3, 1), eye, module)
         for place in ("after", "before"):
             found, expected = (
                 attention(*tensors, scale=1.0, bias=bias, bias_place=place, backend=backend)
                 for backend in ("c", "eager")
             )
-            message = f"score {score}, bias {added} {place}: {found}, not {expected}"
+            message = f"{scores} x {factor}, bias {added} {place}: {found}, not {expected}"
             torch.testing.assert_close(found, expected, equal_nan=True, msg=message)
             if not expected.isnan().any():
                 assert torch.equal(found == 0, expected == 0), message
-                losses = found.square().sum(), expected.square().sum()
-                grads = [torch.autograd.grad(loss, key)[0] for loss in losses]
+                upstream = torch.arange(12, dtype=dtype).reshape(1, 4, 1, 3)
+                grads = [torch.autograd.grad(out, key, upstream)[0] for out in (found, expected)]
                 torch.testing.assert_close(*grads, msg=f"{message}: gradients {grads}")
 
 
