@@ -1,5 +1,6 @@
 """What a Triton attention may be given, and how its programs are launched."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +71,22 @@ def check_attention_mask(mask: Tensor, query: Tensor, keys: int) -> None:
         raise ValueError(
             f"mask must be on the device of query, {query.device}, got {mask.device}: use "
             f".to({str(query.device)!r})"
+        )
+
+
+def check_attention_steps(factor: Tensor | None, softcap: float | None, query: Tensor) -> None:
+    """Raise ValueError for a factor that does not fit the rows, or a cap out of range."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a positive number or None, got {softcap!r}")
+    if factor is None:
+        return
+    rows = (*query.shape[:3], 1)
+    sizes = zip(factor.shape, rows, strict=False)
+    fits = factor.dim() == 4 and all(n in (1, size) for n, size in sizes)
+    if not fits or not factor.is_floating_point() or factor.device != query.device:
+        raise ValueError(
+            f"factor must be floating-point of four dimensions that broadcast to {rows} on "
+            f"{query.device}, got shape {tuple(factor.shape)} in {factor.dtype} on {factor.device}"
         )
 
 

@@ -9,29 +9,29 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from multimax.functional import (
+    MASK_FLOOR,
+    affine,
+    eager_attention,
+    hidden_entries,
+    masked_softmax,
+    modulate,
+    repeat_heads,
+    soft_cap,
+    to_compute_precision,
+)
+from multimax.kernels import triton_launch
 from multimax.kernels.c_attention import attention_definition
 from multimax.kernels.c_rows import differentiable_gradients
 from multimax.kernels.triton_arguments import (
-    Blocks,
-    block_sizes,
     check_attention,
     check_attention_bias,
     check_attention_mask,
-    expanded_mask,
-    launch_options,
-    programs_of,
-    strided,
+    check_attention_steps,
 )
-from multimax.kernels.triton_attention_backward import (
-    attention_backward_key_value,
-    attention_backward_query,
-)
-from multimax.kernels.triton_attention_bias import attention_backward_bias
-from multimax.kernels.triton_attention_forward import attention_forward
-from multimax.kernels.triton_modulation import compute_dtype, order_of
+from multimax.kernels.triton_modulation import order_of
 
 
 def triton_attention(
@@ -45,7 +45,11 @@ def triton_attention(
     scale: float | None = None,
     bias: Tensor | None = None,
     bias_before: bool = False,
-) -> Tensor:
+    factor: Tensor | None = None,
+    factor_first: bool = False,
+    softcap: float | None = None,
+    with_logsumexp: bool = False,
+) -> Any:
     """`softmax(sigma(c0 x + c1)) value` with `x = scale * query key^T`; masks act after sigma.
 
     What `multimax.attention.attention` computes with MultiMax of order 1 or 2 or with SoftMax, in
@@ -70,9 +74,18 @@ def triton_attention(
         bias: real, of four dimensions that broadcast to (B, H, queries, keys); added to sigma, and
             masking with entries of at most `functional.MASK_FLOOR`. It is never expanded in memory.
         bias_before: add the bias to x, inside of sigma.
+        factor: real, of four dimensions that broadcast to (B, H, queries, 1), > 0; multiplies the
+            scores of its row. Used in fp32 or wider; its gradient has its shape.
+        factor_first: multiply x, and a bias in it, instead of sigma and before a bias after it.
+        softcap: c > 0 of c tanh(sigma / c), which bounds sigma before a factor that comes after;
+            a program is compiled for each.
+        with_logsumexp: also return the logsumexp of each row, with a gradient.
+
+    A row with a factor or a cap masks scores of at most `functional.MASK_FLOOR` that come in.
 
     Returns:
         (B, H, queries, D) in the dtype of `query`; zeros for a query that may attend to nothing.
+        And `with_logsumexp` (B, H, queries) in fp32 or wider; -inf, without a gradient, for such.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype, device or value.
@@ -85,205 +98,96 @@ def triton_attention(
         check_attention_mask(mask, query, key.size(2))
     if bias is not None:
         check_attention_bias(bias, query, key.size(2))
+    check_attention_steps(factor, softcap, query)
     scale = 1 / math.sqrt(query.size(3)) if scale is None else scale
     seed = torch.randint(2**31 - 1, (1,), device="cpu") if dropout else None
     options = (mask, seed, causal, dropout, scale, bias is not None and bias_before)
-    return _Attention.apply(query, key, value, coefficients, bias, *options)
+    steps = (factor is not None and factor_first, softcap, with_logsumexp)
+    return _Attention.apply(query, key, value, coefficients, bias, factor, *options, *steps)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, coefficients, bias, mask, seed, *options):
-        inputs = (query, key, value, coefficients, bias)
-        output, logsumexp, scalars = torch.ops.multimax.triton_attention_forward(
-            *inputs, mask, seed, *options
-        )
+    def forward(ctx, query, key, value, coefficients, bias, factor, mask, seed, *options):
+        inputs = (query, key, value, coefficients, bias, factor)
+        output, logsumexp, scalars = triton_launch.forward(*inputs, mask, seed, *options)
         ctx.save_for_backward(*inputs, mask, seed, output, logsumexp, scalars)
         ctx.options = options
-        return output
+        if not options[-1]:
+            return output
+        return output, logsumexp.masked_fill(logsumexp == torch.inf, -torch.inf)
 
     @staticmethod
-    def backward(ctx, gradient) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *gradients) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         *inputs, mask, seed, output, logsumexp, scalars = ctx.saved_tensors
+        *options, with_logsumexp = ctx.options
         if torch.is_grad_enabled():
-            definition = attention_definition(inputs, mask, ctx.options)
-            gradients = differentiable_gradients(definition, inputs, gradient)
+            definition = _definition(inputs, mask, ctx.options)
+            found = differentiable_gradients(definition, inputs, gradients)
         else:
-            learned, of_bias = ctx.needs_input_grad[3:5]
-            *gradients, d_coefficients, d_bias = torch.ops.multimax.triton_attention_backward(
-                *inputs,
-                mask,
-                seed,
-                *ctx.options,
-                output,
-                logsumexp,
-                scalars,
-                gradient,
-                learned,
-                of_bias,
+            wanted = ctx.needs_input_grad[3:6]
+            statistics = (output, logsumexp, scalars)
+            upstream = gradients if with_logsumexp else (*gradients, None)
+            found = triton_launch.backward(
+                *inputs, mask, seed, *options, *statistics, *upstream, *wanted
             )
-            of_coefficients = d_coefficients if learned else None
-            gradients = [*gradients, of_coefficients, d_bias if of_bias else None]
-        return *gradients, *[None] * 6
+            scalars_and_rows = zip(found[3:], wanted, strict=True)
+            found = [*found[:3], *(g if is_wanted else None for g, is_wanted in scalars_and_rows)]
+        return *found, *[None] * (2 + len(ctx.options))
 
 
-# Operations that torch.compile takes as they are.
-@torch.library.custom_op("multimax::triton_attention_forward", mutates_args=())
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    coefficients: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    dropout: float,
-    scale: float,
-    bias_before: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    scalars = _new_scalars(query, coefficients)
-    scalars[:-1].copy_(coefficients)
-    scalars[-1].fill_(scale)  # to assign a number would make the host wait
-    options = (causal, dropout, bias_before)
-    common = _arguments(query, key, value, scalars, bias, mask, seed, *options)
-    output, logsumexp = _new_output(query), _new_statistics(query)
-    blocks, _, _ = block_sizes(query.dtype, common["order"])
-    with torch.cuda.device_of(query):
-        attention_forward[programs_of(query, blocks.queries)](
-            **common,
-            **strided(output=output),
-            logsumexp=logsumexp,
-            **launch_options(query, blocks),
-        )
-    return output, logsumexp, scalars
+def _definition(inputs, mask, options) -> tuple[Tensor, ...]:
+    """The attention in operations that can be differentiated again."""
+    query, key, value, coefficients, bias, factor = inputs
+    causal, dropout, scale, bias_before, factor_first, softcap, with_logsumexp = options
+    if dropout > 0 or (factor is None and softcap is None and not with_logsumexp):
+        return (attention_definition(inputs[:5], mask, options[:4]),)
+    normalizer = _Steps(coefficients, factor, factor_first, softcap)
+    tensors = (query, *repeat_heads(query, key, value), normalizer, mask)
+    place = "before" if bias_before else "after"
+    output = eager_attention(*tensors, causal, 0.0, scale, bias, place)
+    return (output, normalizer.logsumexp) if with_logsumexp else (output,)
 
 
-@_forward.register_fake
-def _(query, key, value, coefficients, *_):
-    return _new_output(query), _new_statistics(query), _new_scalars(query, coefficients)
+class _Steps:
+    """What coefficients, factor and cap stand for, with the interface of a `Normalizer`.
 
-
-@torch.library.custom_op("multimax::triton_attention_backward", mutates_args=())
-def _backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    coefficients: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    causal: bool,
-    dropout: float,
-    scale: float,
-    bias_before: bool,
-    output: Tensor,
-    logsumexp: Tensor,
-    scalars: Tensor,
-    gradient: Tensor,
-    learned: bool,
-    of_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = (causal, dropout, bias_before)
-    common = _arguments(query, key, value, scalars, bias, mask, seed, *options)
-    common |= strided(output_gradient=gradient)
-    common |= {"logsumexp": logsumexp, "delta": torch.empty_like(logsumexp)}
-    _, of_query, of_key = block_sizes(query.dtype, common["order"])
-    dq, dk, dv, d_coefficients, d_bias = _new_gradients(
-        query, key, value, coefficients, bias, of_bias
-    )
-    programs = programs_of(query, of_query.queries)
-    parts = None
-    if learned:
-        parts = logsumexp.new_empty(*programs, coefficients.numel())
-    with torch.cuda.device_of(query):
-        attention_backward_query[programs](
-            **common,
-            **strided(output=output, query_gradient=dq),
-            coefficient_gradient=parts,
-            **launch_options(query, of_query),
-        )
-        attention_backward_key_value[programs_of(key, of_key.keys)](
-            **common,
-            **strided(key_gradient=dk, value_gradient=dv),
-            **launch_options(query, of_key),
-        )
-        if of_bias and bias is not None:
-            _bias_gradient(d_bias.zero_(), common, query, of_query)
-    if parts is not None:  # in fp64: there can be many, of both signs
-        d_coefficients.copy_(parts.sum(0, dtype=torch.float64))
-    return dq, dk, dv, d_coefficients, d_bias
-
-
-@_backward.register_fake
-def _(query, key, value, coefficients, bias, *options):
-    return _new_gradients(query, key, value, coefficients, bias, options[-1])
-
-
-def _new_output(query: Tensor) -> Tensor:
-    """(B, H, queries, D) in the memory of (B, queries, H, D).
-
-    Merging the heads is then a view, so that the output projection saves the same memory as this.
+    It keeps the logsumexp of the rows that it was called on last.
     """
-    return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
 
+    def __init__(
+        self, coefficients: Tensor, factor: Tensor | None, factor_first: bool, softcap: float | None
+    ) -> None:
+        self.coefficients, self.factor = coefficients, factor
+        self.factor_first, self.softcap = factor_first, softcap
 
-def _new_statistics(query: Tensor) -> Tensor:
-    return query.new_empty(query.shape[:3], dtype=compute_dtype(query.dtype))
+    def __call__(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return self.biased(scores, scores.new_zeros(()), mask, "after")
 
+    def biased(self, scores: Tensor, bias: Tensor, mask: Tensor | None, place: str) -> Tensor:
+        x = to_compute_precision(scores)
+        bias = bias.to(x.dtype)
+        logits = self._logits(x + bias, mask) if place == "before" else self._logits(x, mask) + bias
+        filled = logits.masked_fill(logits == -torch.inf, torch.finfo(x.dtype).min)
+        empty = (logits == -torch.inf).all(-1)
+        self.logsumexp = filled.logsumexp(-1).masked_fill(empty, -torch.inf)
+        return masked_softmax(logits, -1, None).to(scores.dtype)
 
-def _new_scalars(query: Tensor, coefficients: Tensor) -> Tensor:
-    """For the coefficients and, after them, `scale`."""
-    return query.new_empty(coefficients.numel() + 1, dtype=compute_dtype(query.dtype))
-
-
-def _new_gradients(query, key, value, coefficients, bias, of_bias) -> tuple[Tensor, ...]:
-    """Not filled, but for the bias of no size if its gradient is not wanted."""
-    inputs = (query, key, value, coefficients)
-    gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
-    if bias is None or not of_bias:
-        return *gradients, query.new_empty(0)
-    return *gradients, torch.empty_like(bias, memory_format=torch.contiguous_format)
-
-
-def _arguments(
-    query, key, value, scalars, bias, mask, seed, causal, dropout, bias_before
-) -> dict[str, Any]:
-    """What all kernels are given."""
-    if mask is not None:
-        mask = expanded_mask(mask, query, key.size(2))
-    if bias is not None:
-        bias = bias.expand(*query.shape[:3], key.size(2))
-    return {
-        **strided(query=query, key=key, value=value, mask=mask, bias=bias),
-        "coefficients": scalars,
-        "heads": query.size(1),
-        "group": query.size(1) // key.size(1),
-        "queries": query.size(2),
-        "keys": key.size(2),
-        "seed": 0 if seed is None else int(seed),
-        "dropout": dropout or None,
-        "order": order_of(scalars[:-1], query.device),
-        "causal": causal,
-        "mask_by_query": mask is not None and mask.stride(2) != 0,
-        "bias_before": bias_before,
-    }
-
-
-def _bias_gradient(gradient: Tensor, common: dict[str, Any], query: Tensor, blocks: Blocks) -> None:
-    """Add to a gradient of the bias's shape: a sum over what it is broadcast over."""
-    sizes = (*query.shape[:3], common["keys"])
-    names = ("by_batch", "by_head", "by_query", "by_key")
-    own = {name: n == whole for name, n, whole in zip(names, gradient.shape, sizes, strict=True)}
-    programs = gradient.size(0) * gradient.size(1)
-    programs *= triton.cdiv(common["queries"], blocks.queries) if own["by_query"] else 1
-    programs *= triton.cdiv(common["keys"], blocks.keys) if own["by_key"] else 1
-    if programs:
-        attention_backward_bias[(programs,)](
-            **common,
-            **strided(bias_gradient=gradient),
-            batches=query.size(0),
-            of_heads=gradient.size(1),
-            **own,
-            **launch_options(query, blocks),
-        )
+    def _logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        scale, shift, *_ = c = self.coefficients.to(x.dtype)
+        plain = self.factor is None and self.softcap is None and len(c) == 2
+        hidden = hidden_entries(x, mask, -torch.inf if plain else MASK_FLOOR)
+        if self.factor_first:
+            x = self.factor * x.masked_fill(hidden, 0.0)
+            if self.softcap is not None or len(c) > 2:
+                hidden = hidden | (x <= MASK_FLOOR)
+        x = affine(x, scale, shift, hidden)
+        if len(c) > 2:
+            x = modulate(x, *c[2:].chunk(2))
+        if self.softcap is not None:
+            x = soft_cap(x, self.softcap, hidden)
+        elif len(c) > 2:
+            hidden = hidden | (x == -torch.inf)
+        if self.factor is not None and not self.factor_first:
+            x = self.factor * x.masked_fill(hidden, 0.0)
+        return x.masked_fill(hidden, -torch.inf)

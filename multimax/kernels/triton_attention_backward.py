@@ -13,17 +13,16 @@ head. The gradient of a bias has a kernel of its own in `multimax.kernels.triton
 import triton
 import triton.language as tl
 
+from multimax.kernels.triton_logits import add_row_sums, backward_tile, times, zero_row_sums
 from multimax.kernels.triton_modulation import (
-    add_to_sums,
     centred,
     fold,
     load_coefficients,
-    modulate,
     store_coefficient_gradient,
-    zero_sums,
 )
 from multimax.kernels.triton_tiles import (
     dropout_factor,
+    factor_of_rows,
     load_tile,
     of_head,
     place_of_program,
@@ -34,36 +33,15 @@ from multimax.kernels.triton_tiles import (
 
 
 @triton.jit
-def backward_tile(
-    scores, added, tile_mask, logsumexp, delta, gradient, factor, c, order: tl.constexpr
-):
-    """Of a tile: P, the gradient by the modulated scores, d sigma / d x, the scores.
-
-    `gradient` is output_gradient value^T, `added` the bias after the modulation, and `tile_mask`
-    None where all may attend. A score that is not allowed may overflow when it is modulated: it is
-    replaced before, and what comes of it after.
-    """
-    if tile_mask is not None:
-        scores = tl.where(tile_mask, scores, 0.0)
-    modulated, slope, scores = modulate(scores, c, order)
-    probabilities = tl.exp(modulated + added - logsumexp)
-    if tile_mask is not None:
-        probabilities = tl.where(tile_mask, probabilities, 0.0)
-    gradient = probabilities * (gradient * factor - delta)
-    if tile_mask is not None:
-        gradient = tl.where(tile_mask, gradient, 0.0)
-    return probabilities, gradient, slope, scores
-
-
-@triton.jit
 def backward_query_tile(
-    state, q, do, key, value, mask, bias, c, score_scale, lse, d, row, batch, head, first, start,
-    i, j, queries, keys, seed, dropout, order: tl.constexpr, causal: tl.constexpr,
-    mask_by_query: tl.constexpr, bias_before: tl.constexpr, dim: tl.constexpr,
-    width: tl.constexpr, block_keys: tl.constexpr, precision: tl.constexpr,
-    dtype: tl.constexpr, learned: tl.constexpr, masked: tl.constexpr,
+    state, q, do, key, value, mask, bias, factor, c, score_scale, lse, d, row, batch, head, first,
+    start, i, j, queries, keys, seed, dropout, order: tl.constexpr, causal: tl.constexpr,
+    mask_by_query: tl.constexpr, bias_before: tl.constexpr, factor_first: tl.constexpr,
+    softcap: tl.constexpr, dim: tl.constexpr, width: tl.constexpr, block_keys: tl.constexpr,
+    precision: tl.constexpr, dtype: tl.constexpr, learned: tl.constexpr, shifted: tl.constexpr,
+    of_factor: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the queries and the sums for the scalars, after another tile of keys."""
+    """The gradient of the queries and the sums of their rows, after another tile of keys."""
     dq, sums, means, residual = state
     k = load_tile(key, start, keys, block_keys, dim, width)
     v = load_tile(value, start, keys, block_keys, dim, width)
@@ -75,17 +53,21 @@ def backward_query_tile(
             scores, mask, bias, batch, head, first, start, i, j, queries, keys, causal,
             mask_by_query, bias_before, dtype,
         )  # fmt: skip
-    factor = 1.0
+    kept = 1.0
     if dropout is not None:
-        factor = dropout_factor(seed, dropout, row, first + i, start + j, queries, keys, dtype)
-    probabilities, gradient, slope, scores = backward_tile(
-        scores, added, tile_mask, lse[:, None], d[:, None], gradient, factor, c, order
-    )
-    if learned:
-        sums = add_to_sums(sums, gradient, scores, slope, c, order)
-        means = add_to_sums(means, probabilities, scores, slope, c, order)
+        kept = dropout_factor(seed, dropout, row, first + i, start + j, queries, keys, dtype)
+    probabilities, gradient, derivatives = backward_tile(
+        scores, added, tile_mask, lse[:, None], d[:, None], gradient, kept, factor, c, order,
+        factor_first, softcap,
+    )  # fmt: skip
+    if learned or of_factor:
+        options: tl.constexpr = (order, learned, shifted, of_factor)
+        sums = add_row_sums(sums, gradient, derivatives, c, *options)
+        means = add_row_sums(means, probabilities, derivatives, c, *options)
         residual += fold(gradient)
-    dq += tl.dot((gradient * slope).to(k.dtype), k, input_precision=precision)
+    by_modulated, slope, _, _ = derivatives
+    by_x = times(gradient, by_modulated) * slope
+    dq += tl.dot(by_x.to(k.dtype), k, input_precision=precision)
     return dq, sums, means, residual
 
 
@@ -96,13 +78,16 @@ def attention_backward_query(
     value,
     mask,
     bias,
+    row_factor,
     coefficients,
     output,
     logsumexp,
     output_gradient,
+    logsumexp_gradient,
     delta,
     query_gradient,
     coefficient_gradient,
+    factor_gradient,
     heads,
     group,
     queries,
@@ -113,18 +98,23 @@ def attention_backward_query(
     causal: tl.constexpr,
     mask_by_query: tl.constexpr,
     bias_before: tl.constexpr,
+    factor_first: tl.constexpr,
+    softcap: tl.constexpr,
     dim: tl.constexpr,
     width: tl.constexpr,
     block_queries: tl.constexpr,
     block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """One block of queries: its gradient, its share of the scalars' (unless None), and its delta.
+    """One block of queries: its gradient, its share of the scalars', its factors', and its delta.
 
-    delta = rowsum(output_gradient * output) is what the backward pass of SoftMax subtracts. The
-    kernel for the keys, launched after this one, reads it. As the output is rounded, the gradients
-    of a row of scores do not quite add up to 0. The sums for the scalars would multiply this rest
-    by what their terms have in common, and in half precision drown in it, but for `centred`.
+    The gradients of scalars and factors are not computed where they are None.
+
+    delta = rowsum(output_gradient * output) is what the backward pass of SoftMax subtracts, here
+    less the gradient of the logsumexp. The kernel for the keys, launched after this one, reads it.
+    As the output is rounded, the gradients of a row of logits do not quite add up to 0, or to that
+    of the logsumexp. The sums for the scalars would multiply this rest by what their terms have in
+    common, and in half precision drown in it, but for `centred`.
     """
     dtype: tl.constexpr = coefficients.dtype.element_ty
     row, batch, head, first = place_of_program(heads, queries, block_queries)
@@ -138,14 +128,22 @@ def attention_backward_query(
     place = row * queries + rows
     lse = tl.load(logsumexp + place, mask=rows < queries, other=float("inf"))  # so P is 0
     d = tl.sum(o.to(dtype) * do.to(dtype), 1)
+    if logsumexp_gradient is not None:
+        g = tl.load(logsumexp_gradient + place, mask=rows < queries, other=0.0)
+        g = tl.where(lse == float("inf"), 0.0, g)  # of an empty row
+        d -= g
     tl.store(delta + place, d, mask=rows < queries)
 
     i, j = tl.arange(0, block_queries)[:, None], tl.arange(0, block_keys)[None, :]
+    factor = factor_of_rows(row_factor, batch, head, first, i, queries)
     learned: tl.constexpr = coefficient_gradient is not None
+    # Else the logits of a row grow alike with the shift.
+    shifted: tl.constexpr = softcap is not None or logsumexp_gradient is not None
+    of_factor: tl.constexpr = factor_gradient is not None
     state = (
         tl.zeros((block_queries, width), dtype),
-        zero_sums((block_queries, 4), dtype, order),
-        zero_sums((block_queries, 4), dtype, order),
+        zero_row_sums(block_queries, dtype, order, shifted, of_factor),
+        zero_row_sums(block_queries, dtype, order, shifted, of_factor),
         tl.zeros((block_queries, 4), dtype),
     )
     end = tl.minimum(keys, first + block_queries + keys - queries) if causal else keys
@@ -154,33 +152,50 @@ def attention_backward_query(
         whole = whole_keys(first, queries, keys, block_keys, causal)
         for start in range(0, whole, block_keys):
             state = backward_query_tile(
-                state, q, do, key, value, mask, bias, c, score_scale, lse, d, row, batch, head,
-                first, start, i, j, queries, keys, seed, dropout, order, causal, mask_by_query,
-                bias_before, dim, width, block_keys, precision, dtype, learned, False,
+                state, q, do, key, value, mask, bias, factor, c, score_scale, lse, d, row, batch,
+                head, first, start, i, j, queries, keys, seed, dropout, order, causal,
+                mask_by_query, bias_before, factor_first, softcap, dim, width, block_keys,
+                precision, dtype, learned, shifted, of_factor, False,
             )  # fmt: skip
     for start in range(whole, end, block_keys):
         state = backward_query_tile(
-            state, q, do, key, value, mask, bias, c, score_scale, lse, d, row, batch, head,
+            state, q, do, key, value, mask, bias, factor, c, score_scale, lse, d, row, batch, head,
             first, start, i, j, queries, keys, seed, dropout, order, causal, mask_by_query,
-            bias_before, dim, width, block_keys, precision, dtype, learned, True,
+            bias_before, factor_first, softcap, dim, width, block_keys, precision, dtype, learned,
+            shifted, of_factor, True,
         )  # fmt: skip
     dq, sums, means, residual = state
+    if logsumexp_gradient is not None:
+        residual -= 0.25 * g[:, None]
 
     query_gradient = of_head(query_gradient, batch, head)
-    store_tile(query_gradient, score_scale * c[0] * dq, first, queries, block_queries, dim, width)
-    if coefficient_gradient is not None:
+    dq = score_scale * c[0] * dq
+    if factor_first:
+        dq *= factor
+    store_tile(query_gradient, dq, first, queries, block_queries, dim, width)
+    if learned or of_factor:
         share = tl.program_id(0).to(tl.int64) * (2 + 4 * order)
-        sums = centred(sums, means, residual, order)
-        store_coefficient_gradient(coefficient_gradient + share, sums, 0.0, c, order)
+        sums = centred(sums, means, residual)
+        if learned:
+            store_coefficient_gradient(
+                coefficient_gradient + share,
+                sums,
+                tl.sum(sums[1 + 4 * order]) if shifted else 0.0,
+                c,
+                order,
+            )
+        if of_factor:
+            tl.store(factor_gradient + place, sums[len(sums) - 1], mask=rows < queries)
 
 
 @triton.jit
 def backward_key_value_tile(
-    state, k, v, query, output_gradient, logsumexp, delta, mask, bias, c, score_scale,
+    state, k, v, query, output_gradient, logsumexp, delta, mask, bias, row_factor, c, score_scale,
     batch, head, heads, start, first, i, j, queries, keys, seed, dropout, order: tl.constexpr,
     causal: tl.constexpr, mask_by_query: tl.constexpr, bias_before: tl.constexpr,
-    dim: tl.constexpr, width: tl.constexpr, block_queries: tl.constexpr,
-    precision: tl.constexpr, dtype: tl.constexpr, masked: tl.constexpr,
+    factor_first: tl.constexpr, softcap: tl.constexpr, dim: tl.constexpr, width: tl.constexpr,
+    block_queries: tl.constexpr, precision: tl.constexpr, dtype: tl.constexpr,
+    masked: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the keys and values, after another tile of queries.
 
@@ -203,14 +218,20 @@ def backward_key_value_tile(
             scores, mask, bias, batch, head, start, first, i, j, queries, keys, causal,
             mask_by_query, bias_before, dtype,
         )  # fmt: skip
-    factor = 1.0
+    kept = 1.0
     if dropout is not None:
-        factor = dropout_factor(seed, dropout, row, start + i, first + j, queries, keys, dtype)
-    probabilities, gradient, slope, _ = backward_tile(
-        scores, added, tile_mask, lse[None, :], d[None, :], gradient, factor, c, order
-    )
-    dv += tl.dot((probabilities * factor).to(do.dtype), do, input_precision=precision)
-    dk += tl.dot((gradient * slope).to(q.dtype), q, input_precision=precision)
+        kept = dropout_factor(seed, dropout, row, start + i, first + j, queries, keys, dtype)
+    factor = factor_of_rows(row_factor, batch, head, start, i, queries)
+    probabilities, gradient, derivatives = backward_tile(
+        scores, added, tile_mask, lse[None, :], d[None, :], gradient, kept, factor, c, order,
+        factor_first, softcap,
+    )  # fmt: skip
+    dv += tl.dot((probabilities * kept).to(do.dtype), do, input_precision=precision)
+    by_modulated, slope, _, _ = derivatives
+    by_x = times(gradient, by_modulated) * slope
+    if factor_first:
+        by_x *= factor
+    dk += tl.dot(by_x.to(q.dtype), q, input_precision=precision)
     return dk, dv
 
 
@@ -221,6 +242,7 @@ def attention_backward_key_value(
     value,
     mask,
     bias,
+    row_factor,
     coefficients,
     logsumexp,
     output_gradient,
@@ -237,6 +259,8 @@ def attention_backward_key_value(
     causal: tl.constexpr,
     mask_by_query: tl.constexpr,
     bias_before: tl.constexpr,
+    factor_first: tl.constexpr,
+    softcap: tl.constexpr,
     dim: tl.constexpr,
     width: tl.constexpr,
     block_queries: tl.constexpr,
@@ -266,17 +290,18 @@ def attention_backward_key_value(
     for head in range(key_head * group, (key_head + 1) * group):
         for start in range(begin, whole, block_queries):
             state = backward_key_value_tile(
-                state, k, v, query, output_gradient, logsumexp, delta, mask, bias, c, score_scale,
-                batch, head, heads, start, first, i, j, queries, keys, seed, dropout, order, causal,
-                mask_by_query, bias_before, dim, width, block_queries, precision, dtype, True,
+                state, k, v, query, output_gradient, logsumexp, delta, mask, bias, row_factor, c,
+                score_scale, batch, head, heads, start, first, i, j, queries, keys, seed, dropout,
+                order, causal, mask_by_query, bias_before, factor_first, softcap, dim, width,
+                block_queries, precision, dtype, True,
             )  # fmt: skip
         if mask is None and bias is None:
             for start in range(whole, queries, block_queries):
                 state = backward_key_value_tile(
-                    state, k, v, query, output_gradient, logsumexp, delta, mask, bias, c,
-                    score_scale, batch, head, heads, start, first, i, j, queries, keys, seed,
-                    dropout, order, causal, mask_by_query, bias_before, dim, width, block_queries,
-                    precision, dtype, False,
+                    state, k, v, query, output_gradient, logsumexp, delta, mask, bias, row_factor,
+                    c, score_scale, batch, head, heads, start, first, i, j, queries, keys, seed,
+                    dropout, order, causal, mask_by_query, bias_before, factor_first, softcap, dim,
+                    width, block_queries, precision, dtype, False,
                 )  # fmt: skip
     dk, dv = state
 

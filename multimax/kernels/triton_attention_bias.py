@@ -10,9 +10,15 @@ A program adds up what one block of the bias is broadcast over, without atomic a
 import triton
 import triton.language as tl
 
-from multimax.kernels.triton_attention_backward import backward_tile
+from multimax.kernels.triton_logits import backward_tile, times
 from multimax.kernels.triton_modulation import load_coefficients
-from multimax.kernels.triton_tiles import dropout_factor, load_tile, of_head, shown_of_tile
+from multimax.kernels.triton_tiles import (
+    dropout_factor,
+    factor_of_rows,
+    load_tile,
+    of_head,
+    shown_of_tile,
+)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -22,6 +28,7 @@ def attention_backward_bias(
     value,
     mask,
     bias,
+    row_factor,
     coefficients,
     logsumexp,
     output_gradient,
@@ -43,6 +50,8 @@ def attention_backward_bias(
     causal: tl.constexpr,
     mask_by_query: tl.constexpr,
     bias_before: tl.constexpr,
+    factor_first: tl.constexpr,
+    softcap: tl.constexpr,
     dim: tl.constexpr,
     width: tl.constexpr,
     block_queries: tl.constexpr,
@@ -90,6 +99,7 @@ def attention_backward_bias(
                 rows = start + tl.arange(0, block_queries)
                 lse = tl.load(logsumexp + row * queries + rows, mask=rows < queries, other=0.0)
                 d = tl.load(delta + row * queries + rows, mask=rows < queries, other=0.0)
+                factor = factor_of_rows(row_factor, sample, head_of, start, i, queries)
                 for at in range(first_key, end_key, block_keys):
                     k = load_tile(k_of_head, at, keys, block_keys, dim, width)
                     v = load_tile(v_of_head, at, keys, block_keys, dim, width)
@@ -99,24 +109,20 @@ def attention_backward_bias(
                         scores, mask, bias, sample, head_of, start, at, i, j, queries, keys, causal,
                         mask_by_query, bias_before, dtype,
                     )  # fmt: skip
-                    factor = 1.0
+                    kept = 1.0
                     if dropout is not None:
-                        factor = dropout_factor(
+                        kept = dropout_factor(
                             seed, dropout, row, start + i, at + j, queries, keys, dtype
                         )
-                    _, gradient, slope, _ = backward_tile(
-                        scores,
-                        added,
-                        tile_mask,
-                        lse[:, None],
-                        d[:, None],
-                        gradient,
-                        factor,
-                        c,
-                        order,
-                    )
+                    _, gradient, derivatives = backward_tile(
+                        scores, added, tile_mask, lse[:, None], d[:, None], gradient, kept, factor,
+                        c, order, factor_first, softcap,
+                    )  # fmt: skip
                     if bias_before:
-                        gradient *= c[0] * slope
+                        by_modulated, slope, _, _ = derivatives
+                        gradient = times(gradient, by_modulated) * (c[0] * slope)
+                        if factor_first:
+                            gradient *= factor
                     total += gradient
 
     start, query_stride, key_stride = of_head(

@@ -1,11 +1,12 @@
 """The Triton kernel of the output of `multimax.kernels.triton_attention`.
 
-    scores = score_scale query key^T                modulated = sigma(scale scores + shift)
-    P = softmax(modulated)
+    scores = score_scale query key^T                logits = sigma(scale scores + shift)
+    P = softmax(logits)
     output = (D P) value      D: 0 where dropped, else 1 / (1 - dropout)
 
-A bias is added to the modulated scores, or to the scores. FlashAttention-2 (Dao, 2023): the softmax
-of a row is corrected as its maximum grows, and its logsumexp is kept for the backward pass.
+A bias is added to the logits, or to the scores; `multimax.kernels.triton_logits` has more steps.
+FlashAttention-2 (Dao, 2023): the softmax of a row is corrected as its maximum grows, and its
+logsumexp is kept for the backward pass.
 """
 
 # pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
@@ -15,9 +16,11 @@ of a row is corrected as its maximum grows, and its logsumexp is kept for the ba
 import triton
 import triton.language as tl
 
-from multimax.kernels.triton_modulation import load_coefficients, modulate
+from multimax.kernels.triton_logits import logits_of
+from multimax.kernels.triton_modulation import load_coefficients
 from multimax.kernels.triton_tiles import (
     dropout_factor,
+    factor_of_rows,
     load_tile,
     of_head,
     place_of_program,
@@ -29,11 +32,11 @@ from multimax.kernels.triton_tiles import (
 
 @triton.jit
 def forward_tile(
-    state, q, key, value, mask, bias, c, score_scale, row, batch, head, first, start,
+    state, q, key, value, mask, bias, factor, c, score_scale, row, batch, head, first, start,
     i, j, queries, keys, seed, dropout, order: tl.constexpr, causal: tl.constexpr,
-    mask_by_query: tl.constexpr, bias_before: tl.constexpr, dim: tl.constexpr,
-    width: tl.constexpr, block_keys: tl.constexpr, precision: tl.constexpr,
-    dtype: tl.constexpr, masked: tl.constexpr,
+    mask_by_query: tl.constexpr, bias_before: tl.constexpr, factor_first: tl.constexpr,
+    softcap: tl.constexpr, dim: tl.constexpr, width: tl.constexpr, block_keys: tl.constexpr,
+    precision: tl.constexpr, dtype: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     """Maximum, sum of weights and weighted mean of the rows, after another tile of keys."""
     maximum, total, mean = state
@@ -45,16 +48,16 @@ def forward_tile(
             scores, mask, bias, batch, head, first, start, i, j, queries, keys, causal,
             mask_by_query, bias_before, dtype,
         )  # fmt: skip
-        modulated, _, _ = modulate(scores, c, order)
+        logits, _ = logits_of(scores, factor, c, order, factor_first, softcap)
         if bias is not None and not bias_before:
-            modulated += added
-        modulated = tl.where(tile_mask, modulated, float("-inf"))
+            logits += added
+        logits = tl.where(tile_mask, logits, float("-inf"))
     else:
-        modulated, _, _ = modulate(scores, c, order)
-    new_maximum = tl.maximum(maximum, tl.max(modulated, 1))
+        logits, _ = logits_of(scores, factor, c, order, factor_first, softcap)
+    new_maximum = tl.maximum(maximum, tl.max(logits, 1))
     # A row that has seen nothing allowed has the maximum -inf, and -inf - -inf is NaN.
     anchor = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    weights = tl.exp(modulated - anchor[:, None])
+    weights = tl.exp(logits - anchor[:, None])
     shrink = tl.exp(maximum - anchor)
     total = total * shrink + tl.sum(weights, 1)
     if dropout is not None:
@@ -70,6 +73,7 @@ def attention_forward(
     value,
     mask,
     bias,
+    row_factor,
     coefficients,
     output,
     logsumexp,
@@ -83,13 +87,19 @@ def attention_forward(
     causal: tl.constexpr,
     mask_by_query: tl.constexpr,
     bias_before: tl.constexpr,
+    factor_first: tl.constexpr,
+    softcap: tl.constexpr,
+    with_logsumexp: tl.constexpr,
     dim: tl.constexpr,
     width: tl.constexpr,
     block_queries: tl.constexpr,
     block_keys: tl.constexpr,
     precision: tl.constexpr,
 ):
-    """One block of queries: its output, and the logsumexp of its rows (0 for an empty row)."""
+    """One block of queries: its output, and the logsumexp of its rows.
+
+    That of an empty row is 0 or, `with_logsumexp`, inf, which no other row has.
+    """
     dtype: tl.constexpr = coefficients.dtype.element_ty
     row, batch, head, first = place_of_program(heads, queries, block_queries)
     key, value = of_head(key, batch, head // group), of_head(value, batch, head // group)
@@ -97,6 +107,7 @@ def attention_forward(
     score_scale = tl.load(coefficients + 2 + 4 * order)
     q = load_tile(of_head(query, batch, head), first, queries, block_queries, dim, width)
     i, j = tl.arange(0, block_queries)[:, None], tl.arange(0, block_keys)[None, :]
+    factor = factor_of_rows(row_factor, batch, head, first, i, queries)
 
     state = (
         tl.full((block_queries,), float("-inf"), dtype),
@@ -109,15 +120,15 @@ def attention_forward(
         whole = whole_keys(first, queries, keys, block_keys, causal)
         for start in range(0, whole, block_keys):
             state = forward_tile(
-                state, q, key, value, mask, bias, c, score_scale, row, batch, head, first, start,
-                i, j, queries, keys, seed, dropout, order, causal, mask_by_query, bias_before,
-                dim, width, block_keys, precision, dtype, False,
+                state, q, key, value, mask, bias, factor, c, score_scale, row, batch, head, first,
+                start, i, j, queries, keys, seed, dropout, order, causal, mask_by_query,
+                bias_before, factor_first, softcap, dim, width, block_keys, precision, dtype, False,
             )  # fmt: skip
     for start in range(whole, end, block_keys):
         state = forward_tile(
-            state, q, key, value, mask, bias, c, score_scale, row, batch, head, first, start,
-            i, j, queries, keys, seed, dropout, order, causal, mask_by_query, bias_before,
-            dim, width, block_keys, precision, dtype, True,
+            state, q, key, value, mask, bias, factor, c, score_scale, row, batch, head, first,
+            start, i, j, queries, keys, seed, dropout, order, causal, mask_by_query, bias_before,
+            factor_first, softcap, dim, width, block_keys, precision, dtype, True,
         )  # fmt: skip
 
     maximum, total, mean = state
@@ -126,5 +137,6 @@ def attention_forward(
     output = of_head(output, batch, head)
     store_tile(output, mean / total[:, None], first, queries, block_queries, dim, width)
     i = first + tl.arange(0, block_queries)
-    sums = tl.where(empty, 0.0, maximum + tl.log(total))
+    nothing: tl.constexpr = float("inf") if with_logsumexp else 0.0
+    sums = tl.where(empty, nothing, maximum + tl.log(total))
     tl.store(logsumexp + row * queries + i, sums, mask=i < queries)

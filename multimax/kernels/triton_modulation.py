@@ -146,14 +146,14 @@ def add_to_sums(sums, gradient, scores, slope, c, order: tl.constexpr):
 
 
 @triton.jit
-def centred(sums, means, residual, order: tl.constexpr):
+def centred(sums, means, residual):
     """Sums of rows, less what is in them because a row of gradients adds up to `residual`, not 0.
 
     `means` are the sums with the probabilities in the place of the gradients.
     """
     residual = tl.sum(residual, 1)
     new_sums = (tl.sum(sums[0], 1) - residual * tl.sum(means[0], 1),)
-    for i in tl.static_range(1, 4 * order + 1):
+    for i in tl.static_range(1, len(sums)):
         new_sums += (tl.sum(sums[i], 1) - residual * tl.sum(means[i], 1),)
     return new_sums
 

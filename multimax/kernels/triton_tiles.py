@@ -144,6 +144,20 @@ def shown_of_tile(
 
 
 @triton.jit
+def factor_of_rows(factor, batch, head, first, query, queries):
+    """The factor of each row, of the shape of `query`, 1 where none exists; None if there is none.
+
+    `factor` is a tensor (B, H, queries, 1) in the dtype of the scores.
+    """
+    if factor is None:
+        return None
+    else:
+        start, query_stride, _ = of_head(factor, batch, head)
+        pointers = start + tl.cast(first + query, tl.int64) * query_stride
+        return tl.load(pointers, mask=first + query < queries, other=1.0)
+
+
+@triton.jit
 def dropout_factor(seed, dropout, row, query_id, key_id, queries, keys, dtype: tl.constexpr):
     """D of a tile: a function of nothing but the seed and the place in the whole tensor."""
     place = (row * queries + query_id) * keys + key_id

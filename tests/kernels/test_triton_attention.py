@@ -8,8 +8,7 @@ from multimax.kernels.backend import use_backend
 
 pytest.importorskip("triton")
 
-from multimax.kernels import triton_arguments
-from multimax.kernels import triton_attention as module
+from multimax.kernels import triton_arguments, triton_launch
 from multimax.kernels.triton_arguments import Blocks, expanded_mask
 from multimax.kernels.triton_attention import triton_attention
 
@@ -106,7 +105,7 @@ def test_grouped_heads(heads, key_heads, device):
 @pytest.mark.parametrize(("queries", "keys"), [(50, 70), (70, 50)])
 def test_tiles_of_any_form(queries, keys, blocks, device, monkeypatch):
     tile = Blocks(*blocks, warps=4, stages=1)
-    monkeypatch.setattr(module, "block_sizes", lambda *_: (tile, tile, tile))
+    monkeypatch.setattr(triton_launch, "block_sizes", lambda *_: (tile, tile, tile))
     inputs = draw(queries, keys, heads=1, batch=1, device=device)
     compare(inputs, build("multimax-2"), padding(keys, device)[1:], causal=True)
 
@@ -232,7 +231,7 @@ def test_dropout_does_not_depend_on_the_tiles(device, monkeypatch):
     outputs = []
     for blocks in (16, 32), (32, 16):
         tile = Blocks(*blocks, warps=4, stages=1)
-        monkeypatch.setattr(module, "block_sizes", lambda *_, tile=tile: (tile, tile, tile))
+        monkeypatch.setattr(triton_launch, "block_sizes", lambda *_, tile=tile: (tile, tile, tile))
         torch.manual_seed(1)
         outputs.append(triton_attention(*inputs, c, dropout=0.5))
     torch.testing.assert_close(*outputs, **EXACT)
