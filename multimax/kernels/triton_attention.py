@@ -123,7 +123,7 @@ class _Attention(torch.autograd.Function):
         *options, with_logsumexp = ctx.options
         if torch.is_grad_enabled():
             definition = _definition(inputs, mask, ctx.options)
-            found = differentiable_gradients(definition, inputs, gradients)
+            found = differentiable_gradients(definition, inputs, gradients)  # pyright: ignore[reportArgumentType]
         else:
             wanted = ctx.needs_input_grad[3:6]
             statistics = (output, logsumexp, scalars)
@@ -177,17 +177,17 @@ class _Steps:
         scale, shift, *_ = c = self.coefficients.to(x.dtype)
         plain = self.factor is None and self.softcap is None and len(c) == 2
         hidden = hidden_entries(x, mask, -torch.inf if plain else MASK_FLOOR)
-        if self.factor_first:
-            x = self.factor * x.masked_fill(hidden, 0.0)
+        first, last = (self.factor, None) if self.factor_first else (None, self.factor)
+        if first is not None:
+            x = first * x.masked_fill(hidden, 0.0)
             if self.softcap is not None or len(c) > 2:
                 hidden = hidden | (x <= MASK_FLOOR)
         x = affine(x, scale, shift, hidden)
         if len(c) > 2:
             x = modulate(x, *c[2:].chunk(2))
+        hidden = hidden | (x == -torch.inf)
         if self.softcap is not None:
             x = soft_cap(x, self.softcap, hidden)
-        elif len(c) > 2:
-            hidden = hidden | (x == -torch.inf)
-        if self.factor is not None and not self.factor_first:
-            x = self.factor * x.masked_fill(hidden, 0.0)
+        if last is not None:
+            x = last * x.masked_fill(hidden, 0.0)
         return x.masked_fill(hidden, -torch.inf)

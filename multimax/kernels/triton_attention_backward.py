@@ -128,6 +128,7 @@ def attention_backward_query(
     place = row * queries + rows
     lse = tl.load(logsumexp + place, mask=rows < queries, other=float("inf"))  # so P is 0
     d = tl.sum(o.to(dtype) * do.to(dtype), 1)
+    g = 0.0
     if logsumexp_gradient is not None:
         g = tl.load(logsumexp_gradient + place, mask=rows < queries, other=0.0)
         g = tl.where(lse == float("inf"), 0.0, g)  # of an empty row

@@ -137,6 +137,5 @@ def attention_forward(
     output = of_head(output, batch, head)
     store_tile(output, mean / total[:, None], first, queries, block_queries, dim, width)
     i = first + tl.arange(0, block_queries)
-    nothing: tl.constexpr = float("inf") if with_logsumexp else 0.0
-    sums = tl.where(empty, nothing, maximum + tl.log(total))
+    sums = tl.where(empty, float("inf") if with_logsumexp else 0.0, maximum + tl.log(total))
     tl.store(logsumexp + row * queries + i, sums, mask=i < queries)

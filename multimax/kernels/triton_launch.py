@@ -50,13 +50,12 @@ def forward(
     options = (causal, dropout, bias_before, factor_first, softcap)
     common = _arguments(query, key, value, scalars, bias, factor, mask, seed, *options)
     output, logsumexp = _new_output(query), _new_statistics(query)
+    common |= {"logsumexp": logsumexp, "with_logsumexp": with_logsumexp}
     blocks, _, _ = block_sizes(query.dtype, common["order"])
     with torch.cuda.device_of(query):
         attention_forward[programs_of(query, blocks.queries)](
             **common,
             **strided(output=output),
-            logsumexp=logsumexp,
-            with_logsumexp=with_logsumexp,
             **launch_options(query, blocks),
         )
     return output, logsumexp, scalars

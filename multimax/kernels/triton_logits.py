@@ -59,15 +59,12 @@ def logits_of(
     else:
         hidden = scores <= FLOOR  # of what comes in: a factor or a cap could lift it
         first = tl.where(hidden, 0.0, scores)
-        scores = tl.where(hidden, float("-inf"), scores)
-        if factor_first:
-            scores = tl.where(hidden, float("-inf"), factor * first)
-        below_floor = scores <= FLOOR
+        scores = tl.where(hidden, float("-inf"), factor * first if factor_first else first)
+        low = scores <= FLOOR
         logits, slope, scores = modulate(scores, c, order)
-        if softcap is None:
-            hidden = logits == float("-inf")
-        else:
-            hidden = below_floor
+        hidden = logits == float("-inf")
+        if softcap is not None:
+            hidden = hidden | low
             # inf would count as an ordinary score.
             ratio = tanh(tl.where(logits == float("inf"), float("nan"), logits) / softcap)
             logits = softcap * ratio

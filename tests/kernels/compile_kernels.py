@@ -10,13 +10,13 @@ from triton.backends.compiler import GPUTarget
 
 from multimax.kernels import triton_arguments, triton_attention, triton_output
 
-# Capability, head dimension, dropout, shape of a bias, whether it is added before the modulation;
-# whether there are a factor and a cap, and whether the factor is first.
+# Capability, head dimension, dropout, shape of a bias, whether it is added before the modulation,
+# scalars; whether there are a factor and a cap, and whether the factor is first.
 CASES = [
-    (80, 80, 0.0, (1, 4, 100, 90), False, False, False),
-    (90, 20, 0.1, (2, 1, 1, 90), True, True, True),
-    (80, 64, 0.0, None, False, False, False),
-    (120, 64, 0.0, None, False, True, False),
+    (80, 80, 0.0, (1, 4, 100, 90), False, 10, False, False),
+    (90, 20, 0.1, (2, 1, 1, 90), True, 10, True, True),
+    (80, 64, 0.0, None, False, 10, False, False),
+    (120, 64, 0.0, None, False, 2, True, False),
 ]
 
 
@@ -40,14 +40,12 @@ def compile_only(self, *args, grid, warmup, **options):
     print(CASES[driver.case][0], self.fn.__name__, kernel.metadata.shared)
 
 
-def call_kernels(dim, dropout, shape, before, steps, first):
+def call_kernels(dim, dropout, shape, before, scalars, steps, first):
     query = torch.zeros(2, 4, 100, dim, dtype=torch.bfloat16, requires_grad=True)
     key, value = torch.zeros(2, 2, 2, 90, dim, dtype=torch.bfloat16, requires_grad=True)
-    c = torch.zeros(10, requires_grad=True)
-    mask, bias = None, None  # all tiles but the last are whole
-    if shape is not None:
-        mask = torch.ones(2, 1, 1, 90, dtype=torch.bool)
-        bias = torch.zeros(shape, requires_grad=True)
+    c = torch.zeros(scalars, requires_grad=True)
+    mask = torch.ones(2, 1, 1, 90, dtype=torch.bool)
+    bias = None if shape is None else torch.zeros(shape, requires_grad=True)
     options = (mask, True, dropout, None, bias, before)
     if steps:
         factor = torch.ones(1, 4, 100, 1, requires_grad=True)
