@@ -25,6 +25,7 @@ SCALARS = dict(heads=HEADS, sink=0.3, reference_length=5)
 NORMALIZERS = {
     "softmax": lambda: SoftMax(length_scale="scores", **SCALARS),
     "softmax-capped": lambda: SoftMax(0.7, learned=True, softcap=2.5, sink=0.1),
+    "softmax-both": lambda: SoftMax(length_scale="scores", softcap=2.5, reference_length=2),
     "multimax-1": lambda: MultiMax(1, affine=True, length_scale="modulated", **SCALARS),
     "multimax-2": lambda: MultiMax(affine=True, length_scale="scores", softcap=3.0, **SCALARS),
     "multimax-2-last": lambda: MultiMax(length_scale="modulated", softcap=2.0, heads=HEADS),
@@ -71,7 +72,8 @@ def fused(
     if module.sink is None:
         return out
     out, logsumexp = out
-    return out * torch.sigmoid(logsumexp.unsqueeze(-1) - module._sink(logsumexp))
+    sink = module.sink[:, None] if isinstance(module.sink, torch.Tensor) else module.sink
+    return out * torch.sigmoid(logsumexp - sink).unsqueeze(-1)
 
 
 def with_gradients(tensors, module, bias=None, **options):
@@ -188,6 +190,7 @@ def test_dropout(device):
         ("softmax", -15e3, 3),
         ("softmax", -8e3, 4),
         ("softmax-capped", -15e3, None),
+        ("softmax-both", -8e3, 4),
         ("multimax-1", -8e3, 3),
         ("multimax-2", -15e3, 3),
         ("multimax-2", -8e3, 4),
