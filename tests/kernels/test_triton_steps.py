@@ -201,6 +201,8 @@ def test_what_factors_and_caps_could_lift_is_masked(name, low, seen, device):
     module = build(name).to(device)
     if getattr(module, "affine", False):
         torch.nn.init.constant_(module.scale, 1.3)
+    if module.length_scale:  # factors below or above 1
+        torch.nn.init.constant_(module.log_length_factor, -1.2 if low == -15e3 else 0.7)
     tensors = [tensor.to(device) for tensor in qkv(1, HEADS, 6, 4, dim=1, value_dim=1)]
     tensors[0].fill_(1.0)
     tensors[1][..., 3, :] = low
