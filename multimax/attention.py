@@ -259,8 +259,6 @@ def _obstacle(
     obstacle = triton_obstacle(query)
     if obstacle:
         return obstacle
-    if normalizer.has_steps:
-        return f"{normalizer}: its kernels take no length scale, cap or sink yet"
     widest = max(query.size(-1), value.size(-1))
     if widest > LARGEST_TRITON_HEAD or query.size(-1) != value.size(-1):
         return (

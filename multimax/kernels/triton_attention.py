@@ -12,17 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from multimax.functional import (
-    MASK_FLOOR,
-    affine,
-    eager_attention,
-    hidden_entries,
-    masked_softmax,
-    modulate,
-    repeat_heads,
-    soft_cap,
-    to_compute_precision,
-)
 from multimax.kernels import triton_launch
 from multimax.kernels.c_attention import attention_definition
 from multimax.kernels.c_rows import differentiable_gradients
@@ -123,8 +112,10 @@ class _Attention(torch.autograd.Function):
         *inputs, mask, seed, output, logsumexp, scalars = ctx.saved_tensors
         *options, with_logsumexp = ctx.options
         if torch.is_grad_enabled():
-            definition = _definition(inputs, mask, ctx.options)
-            found = differentiable_gradients(definition, inputs, gradients)  # pyright: ignore[reportArgumentType]
+            first, steps = ctx.options[:4], (inputs[5], *ctx.options[4:])
+            definition = attention_definition(inputs[:5], mask, first, *steps)
+            upstream = gradients if with_logsumexp else gradients[0]
+            found = differentiable_gradients(definition, inputs, upstream)
         else:
             wanted = ctx.needs_input_grad[3:6]
             statistics = (output, logsumexp, scalars)
@@ -135,59 +126,3 @@ class _Attention(torch.autograd.Function):
             scalars_and_rows = zip(found[3:], wanted, strict=True)
             found = [*found[:3], *(g if is_wanted else None for g, is_wanted in scalars_and_rows)]
         return *found, *[None] * (2 + len(ctx.options))
-
-
-def _definition(inputs, mask, options) -> tuple[Tensor, ...]:
-    """The attention in operations that can be differentiated again."""
-    query, key, value, coefficients, bias, factor = inputs
-    causal, dropout, scale, bias_before, factor_first, softcap, with_logsumexp = options
-    if dropout > 0 or (factor is None and softcap is None and not with_logsumexp):
-        return (attention_definition(inputs[:5], mask, options[:4]),)
-    normalizer = _Steps(coefficients, factor, factor_first, softcap)
-    tensors = (query, *repeat_heads(query, key, value), normalizer, mask)
-    place = "before" if bias_before else "after"
-    output = eager_attention(*tensors, causal, 0.0, scale, bias, place)
-    return (output, normalizer.logsumexp) if with_logsumexp else (output,)
-
-
-class _Steps:
-    """What coefficients, factor and cap stand for, with the interface of a `Normalizer`.
-
-    It keeps the logsumexp of the rows that it was called on last.
-    """
-
-    def __init__(
-        self, coefficients: Tensor, factor: Tensor | None, factor_first: bool, softcap: float | None
-    ) -> None:
-        self.coefficients, self.softcap = coefficients, softcap
-        self.first, self.last = (factor, None) if factor_first else (None, factor)
-
-    def __call__(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return self.biased(scores, scores.new_zeros(()), mask, "after")
-
-    def biased(self, scores: Tensor, bias: Tensor, mask: Tensor | None, place: str) -> Tensor:
-        x = to_compute_precision(scores)
-        bias = bias.to(x.dtype)
-        logits = self._logits(x + bias, mask) if place == "before" else self._logits(x, mask) + bias
-        filled = logits.masked_fill(logits == -torch.inf, torch.finfo(x.dtype).min)
-        empty = (logits == -torch.inf).all(-1)
-        self.logsumexp = filled.logsumexp(-1).masked_fill(empty, -torch.inf)
-        return masked_softmax(logits, -1, None).to(scores.dtype)
-
-    def _logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        scale, shift, *_ = c = self.coefficients.to(x.dtype)
-        plain = self.first is self.last is self.softcap is None and len(c) == 2
-        hidden = hidden_entries(x, mask, -torch.inf if plain else MASK_FLOOR)
-        if self.first is not None:
-            x = self.first * x.masked_fill(hidden, 0.0)
-            if self.softcap is not None or len(c) > 2:
-                hidden = hidden | (x <= MASK_FLOOR)
-        x = affine(x, scale, shift, hidden)
-        if len(c) > 2:
-            x = modulate(x, *c[2:].chunk(2))
-        hidden = hidden | (x == -torch.inf)
-        if self.softcap is not None:
-            x = soft_cap(x, self.softcap, hidden)
-        if self.last is not None:
-            x = self.last * x.masked_fill(hidden, 0.0)
-        return x.masked_fill(hidden, -torch.inf)

@@ -8,15 +8,16 @@ from definition import assert_equal, assert_same_bits, attended, qkv, random
 
 from multimax import MultiMax, SoftMax
 from multimax.attention import attention
-from multimax.functional import MASK_FLOOR, causal_mask
 
 pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
 
-from multimax.kernels.triton_attention import _definition, triton_attention
+from multimax.kernels.c_attention import attention_definition
+from multimax.kernels.triton_attention import triton_attention
 from multimax.kernels.triton_logits import tanh
+from multimax.normalizers.steps import left_by_sink
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"), pytest.mark.slow]
 
@@ -50,30 +51,18 @@ def inputs(device, batch=1, **sizes):
 def fused(
     tensors, module, mask=None, causal=False, bias=None, place="after", scale=None, seen=None
 ):
-    """Attention by the kernels: factors of the keys that are seen, the sink from the logsumexp."""
-    query, key, _ = tensors
-    sizes = (*query.shape[:3], key.size(2))
-    allowed = torch.ones(sizes, dtype=torch.bool, device=query.device)
-    if causal:
-        allowed = allowed & causal_mask(*sizes[2:], query.device)
-    for shown in (mask, None if bias is None else bias > MASK_FLOOR):
-        allowed = allowed if shown is None else allowed & shown
-    factor = None
-    if module.length_scale:
-        lengths = allowed.sum(-1, keepdim=True).clamp_min(2) if seen is None else seen
-        factor = module.length_factor(
-            torch.as_tensor(lengths).to(query).log().expand(*sizes[:3], 1)
-        )
-    out = triton_attention(
-        *tensors, module.coefficients(query.dtype, query.device), mask, causal, 0.0, scale, bias,
-        place == "before", factor, module.length_scale == "scores", module.softcap,
-        module.sink is not None,
-    )  # fmt: skip
-    if module.sink is None:
-        return out
-    out, logsumexp = out
-    sink = module.sink[:, None] if isinstance(module.sink, torch.Tensor) else module.sink
-    return out * torch.sigmoid(logsumexp - sink).unsqueeze(-1)
+    """Attention by the kernels; `seen` is in the place of the number of keys that are allowed."""
+    options = dict(mask=mask, causal=causal, bias=bias, scale=scale)
+    if seen is None:
+        return attention(*tensors, module, **options, bias_place=place, backend="triton")
+    lengths = torch.full((1, HEADS, tensors[0].size(2), 1), seen).to(tensors[0])
+    steps = {"factor_first": module.length_scale == "scores", "softcap": module.softcap}
+    steps["factor"] = module.length_factor(lengths.log())
+    coefficients = module.coefficients(tensors[0].dtype, tensors[0].device)
+    found = triton_attention(
+        *tensors, coefficients, **options, **steps, with_logsumexp=module.sink is not None
+    )
+    return left_by_sink(module, *found) if module.sink is not None else found
 
 
 def with_gradients(tensors, module, bias=None, **options):
@@ -151,7 +140,7 @@ def test_shapes_of_factors_and_the_logsumexp(shape, order, first, softcap, learn
     c.requires_grad_(learned)
     steps = (first, softcap, True)
     found = triton_attention(*leaves[:4], None, True, 0.0, 0.4, None, False, factor, *steps)
-    expected = _definition(leaves, None, (True, 0.0, 0.4, False, *steps))
+    expected = attention_definition(leaves[:5], None, (True, 0.0, 0.4, False), factor, *steps)
     assert_equal(found, expected)
     upstream, wanted = [], [t for t in leaves if t is not None and t.requires_grad]
     for tensor in found:  # the first rows see nothing
@@ -245,7 +234,9 @@ def test_lower_precision(device):
     leaves = [*tensors, c, factor]
     found = triton_attention(*tensors, c, *options, factor, *steps)
     exact = [t.detach().double().requires_grad_() for t in leaves]
-    expected = _definition([*exact[:4], None, exact[4]], None, (False, 0.0, 0.3, False, *steps))
+    expected = attention_definition(
+        [*exact[:4], None], None, (False, 0.0, 0.3, False), exact[4], *steps
+    )
     upstream = [torch.randn_like(tensor) for tensor in found]
     gradients = torch.autograd.grad(found, leaves, upstream)
     wanted = torch.autograd.grad(expected, exact, [t.double() for t in upstream])
