@@ -5,13 +5,14 @@ load with strict=True. Weights are drawn as fairseq draws them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from multimax.models.adaptive import AdaptiveInput, AdaptiveOutput
 from multimax.models.output import Output, word_embedding
+from multimax.models.positions import check_positions
 from multimax.models.sharing import share_scalars, take_shared
 from multimax.models.transformer_stacks import (
     Cache,
@@ -23,6 +24,7 @@ from multimax.models.transformer_stacks import (
 )
 from multimax.options import Count, Depth, Rate, Whole, Width, checked
 
+Positions = Literal["sinusoidal", "none", "alibi", "nape", "rotary"]
 EmbedDim = Annotated[int, Field(ge=4, le=2**17)]  # for sinusoidal positions
 
 __all__ = ["Cache", "EncodedSource", "LanguageModel", "TranslationModel"]
@@ -56,6 +58,9 @@ class LanguageModel(nn.Module):
         official_mismatch: as the official fairseq code does, use plain SoftMax in the place of
             the attention normalizer in incremental decoding (`step`), which thus differs from
             training.
+        positions: "sinusoidal" ones are added to the embeddings. Relative ones are within attention
+            alone: "alibi" and "nape" a bias that falls with the distance, for all heads or the
+            second half of them, "rotary" a rotation of queries and keys. "none" leaves them out.
 
     Raises:
         ValueError: an option is unknown, out of range, or does not go with another.
@@ -85,9 +90,11 @@ class LanguageModel(nn.Module):
         adaptive_factor: Count = 4,
         adaptive_dropout: Rate = 0.0,
         official_mismatch: bool = False,
+        positions: Positions = "sinusoidal",
     ) -> None:
         super().__init__()
         check_heads(embed_dim, num_heads)
+        check_positions(positions, num_heads, embed_dim)
         check_vocabulary(vocabulary_size, padding_index)
         self.padding_index = padding_index
         normalizer, shared = take_shared(attention)
@@ -106,6 +113,7 @@ class LanguageModel(nn.Module):
             padding_index=padding_index,
             depth=depth,
             final_norm=pre_norm and final_norm,
+            positions=positions,
             layer=dict(
                 embed_dim=embed_dim,
                 ffn_dim=ffn_dim,

@@ -1,77 +1,18 @@
-"""The parts of the Transformer: positions, attention with a cache, and the layer."""
+"""The parts of the Transformer: attention with a cache, and the layer."""
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multimax.attention import attention
+from multimax.models.positions import Relative, rotate
 from multimax.normalizers import Normalizer, SoftMax, build_for_attention
 
 KeysValues = tuple[Tensor, Tensor]
-
-
-class SinusoidalPositions(nn.Module):
-    """Sine and cosine position embeddings; padding has no position and a zero embedding.
-
-    The first token of a row has position `padding_index + 1`, and there is no last position.
-
-    Args:
-        embed_dim: >= 4; the first half is sines, the second cosines.
-        padding_index: the token that is skipped in counting.
-
-    Source: fairseq's `SinusoidalPositionalEmbedding`, after tensor2tensor.
-    """
-
-    def __init__(self, embed_dim: int, padding_index: int) -> None:
-        super().__init__()
-        self.embed_dim = embed_dim
-        self.padding_index = padding_index
-        # No buffer: its size would differ between processes, which DDP does not allow.
-        self._table = torch.empty(0, embed_dim)
-        self.register_load_state_dict_pre_hook(_drop_position_tables)
-
-    def forward(self, token_mask: Tensor, new: int) -> Tensor:
-        """Embeddings of the positions of the last `new` tokens.
-
-        Args:
-            token_mask: (rows, tokens) bool, False for padding.
-            new: how many embeddings are wanted, at most `tokens`.
-
-        Returns:
-            (rows, new, embed_dim), fp32.
-        """
-        recent = slice(token_mask.size(1) - new, None)
-        positions = (token_mask.cumsum(1) * token_mask)[:, recent] + self.padding_index
-        if torch.compiler.is_compiling():  # a graph cannot keep a table that grows
-            real = (positions != self.padding_index).unsqueeze(-1)
-            return self._embed(positions).masked_fill(~real, 0.0)
-        longest = self.padding_index + token_mask.size(1) + 1
-        if self._table.size(0) < longest:
-            # Doubled, so that decoding word by word does not compute it for every word.
-            self._table = self._compute(2 * longest)
-        self._table = self._table.to(token_mask.device)
-        return F.embedding(positions, self._table)
-
-    def _compute(self, length: int) -> Tensor:
-        table = self._embed(torch.arange(length))
-        table[self.padding_index] = 0
-        return table
-
-    def _embed(self, positions: Tensor) -> Tensor:
-        half = self.embed_dim // 2
-        step = math.log(10000) / (half - 1)
-        rates = torch.exp(torch.arange(half, dtype=torch.float32) * -step).to(positions.device)
-        angles = positions.float().unsqueeze(-1) * rates
-        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, self.embed_dim % 2))
-
-
-def _drop_position_tables(positions: nn.Module, state: dict, prefix: str, *_: Any) -> None:
-    for name in ("weights", "_float_tensor"):  # in checkpoints of other fairseq versions
-        state.pop(prefix + name, None)
+NOWHERE = Relative()
 
 
 class MultiheadAttention(nn.Module):
@@ -112,9 +53,10 @@ class MultiheadAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def keys_values(self, x: Tensor) -> KeysValues:
+    def keys_values(self, x: Tensor, positions: Relative = NOWHERE) -> KeysValues:
         """Keys and values of `x` (batch, tokens, dim), each (batch, heads, tokens, head_dim)."""
-        return self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        keys = rotate(self._heads(self.k_proj(x)), positions.rotation)
+        return keys, self._heads(self.v_proj(x))
 
     def forward(
         self,
@@ -123,6 +65,7 @@ class MultiheadAttention(nn.Module):
         key_mask: Tensor,
         causal: bool = False,
         incremental: bool = False,
+        positions: Relative = NOWHERE,
     ) -> Tensor:
         """Attention of `x` to keys and values.
 
@@ -132,11 +75,12 @@ class MultiheadAttention(nn.Module):
             key_mask: (sentences, keys) bool, True where a key may be attended.
             causal: as in `attention`.
             incremental: whether decoding is token by token, for `official_mismatch`.
+            positions: of the tokens, with which `keys_values` was called too.
 
         Returns:
             (rows, tokens, dim).
         """
-        query = self._heads(self.q_proj(x))
+        query = rotate(self._heads(self.q_proj(x)), positions.rotation)
         keys, values = keys_values
         folded = query.size(0) != keys.size(0)
         if folded:  # the hypotheses of a sentence are just more queries to its source
@@ -150,6 +94,7 @@ class MultiheadAttention(nn.Module):
             mask=key_mask[:, None, None, :],
             causal=causal,
             dropout=self.dropout if self.training else 0.0,
+            bias=positions.bias,
         )
         if folded:
             heads = heads.unflatten(2, (-1, x.size(1))).transpose(1, 2).flatten(0, 1)
@@ -203,6 +148,7 @@ class TransformerLayer(nn.Module):
         extend: Callable[[KeysValues], KeysValues] | None = None,
         source_keys_values: KeysValues | None = None,
         source_mask: Tensor | None = None,
+        positions: Relative = NOWHERE,
     ) -> Tensor:
         """The layer's output, of the shape of `x`.
 
@@ -214,12 +160,13 @@ class TransformerLayer(nn.Module):
             extend: puts the cached keys and values before those of `x`; None without a cache.
             source_keys_values: keys and values of the source.
             source_mask: (sentences, source tokens) bool, False for padding.
+            positions: of self-attention.
         """
 
         def self_attention(y: Tensor) -> Tensor:
-            new = self.self_attn.keys_values(y)
+            new = self.self_attn.keys_values(y, positions)
             keys_values = new if extend is None else extend(new)
-            return self.self_attn(y, keys_values, key_mask, causal, incremental)
+            return self.self_attn(y, keys_values, key_mask, causal, incremental, positions)
 
         x = self._residual(x, self.self_attn_layer_norm, self_attention)
         if self.encoder_attn is not None:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from multimax.functional import values_known
 from multimax.models.adaptive import AdaptiveInput, AdaptiveOutput
 from multimax.models.output import Output
-from multimax.models.transformer_layers import KeysValues, SinusoidalPositions, TransformerLayer
+from multimax.models.positions import Relative, SinusoidalPositions, relative_positions
+from multimax.models.transformer_layers import KeysValues, TransformerLayer
 
 
 @dataclass(frozen=True)
@@ -99,23 +100,25 @@ class Stack(nn.Module):
         depth: int,
         final_norm: bool,
         layer: Mapping[str, Any],
+        positions: str = "sinusoidal",
     ) -> None:
         super().__init__()
+        self.positions = positions
         self.vocabulary_size = vocabulary_size
         self.padding_index = padding_index
         self.embed_dim: int = layer["embed_dim"]
         self.dropout: float = layer["dropout"]
         self.register_buffer("version", torch.tensor([3.0]))  # of fairseq's checkpoints
         self.embed_tokens = embed_tokens
-        self.embed_positions: SinusoidalPositions = SinusoidalPositions(
-            self.embed_dim, padding_index
-        )
+        self.embed_positions: SinusoidalPositions | None = None
+        if positions == "sinusoidal":
+            self.embed_positions = SinusoidalPositions(self.embed_dim, padding_index)
         layers = [TransformerLayer(**layer) for _ in range(depth)]
         self.layers: nn.ModuleList = nn.ModuleList(layers)
         self.layer_norm: nn.LayerNorm | None = nn.LayerNorm(self.embed_dim) if final_norm else None
 
     def embed(self, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        """(rows, tokens, dim) scaled embeddings plus positions.
+        """(rows, tokens, dim) scaled embeddings, plus positions that are not relative.
 
         Args:
             tokens: (rows, tokens).
@@ -123,8 +126,15 @@ class Stack(nn.Module):
         """
         self._check(tokens)
         x = math.sqrt(self.embed_dim) * self.embed_tokens(tokens)
-        positions = self.embed_positions(token_mask, tokens.size(1))
-        return F.dropout(x + positions.to(x.dtype), self.dropout, self.training)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(token_mask, tokens.size(1)).to(x.dtype)
+        return F.dropout(x, self.dropout, self.training)
+
+    def relative_positions(self, x: Tensor, total: int) -> Relative:
+        """Those of embeddings `x` (rows, tokens, dim), the last of `total` tokens."""
+        num_heads = cast(TransformerLayer, self.layers[0]).self_attn.num_heads
+        head_dim = self.embed_dim // num_heads
+        return relative_positions(self.positions, num_heads, head_dim, x.size(1), total, x)
 
     def _check(self, tokens: Tensor) -> None:
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
@@ -201,6 +211,7 @@ class Decoder(Stack):
         """
         token_mask = cache.extend_mask(tokens != self.padding_index)
         x = self.embed(tokens, token_mask)
+        positions = self.relative_positions(x, token_mask.size(1))
         sources = cache.source_keys_values or [None] * len(self.layers)
         for index, (layer, source) in enumerate(zip(self.layers, sources, strict=True)):
             x = layer(
@@ -211,6 +222,7 @@ class Decoder(Stack):
                 extend=partial(cache.extend, index),
                 source_keys_values=source,
                 source_mask=cache.source_mask,
+                positions=positions,
             )
         return x if self.layer_norm is None else self.layer_norm(x)
 

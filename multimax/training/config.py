@@ -44,6 +44,7 @@ _OF_NORMALIZER: dict[str, Any] = {"reference_length": 64, "learned_sink": True}
 NEWER: dict[str, dict[str, Any]] = {
     "attention": {"shared": False, "before_scale": False} | _OF_NORMALIZER,
     "output": _OF_NORMALIZER,
+    "model": {"positions": "sinusoidal"},
 }
 NOT_SET = ("score_scale",)  # of a normalizer: attention sets it, see `build_for_attention`
 

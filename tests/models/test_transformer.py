@@ -18,7 +18,7 @@ from tiny_transformers import (
 from torch import nn
 
 from multimax.losses import output_loss
-from multimax.models.transformer_layers import SinusoidalPositions
+from multimax.models.positions import SinusoidalPositions
 
 
 def to_torch_layer(ours, theirs):

@@ -5,7 +5,7 @@ import torch
 from tiny_transformers import MULTIMAX, PAD, SOURCE_WORDS, draw, language_model, translation_model
 from torch import nn
 
-ADAPTIVE = dict(adaptive_cutoffs=[10, 20], adaptive_factor=2)
+ADAPTIVE = dict(adaptive_cutoffs=[10, 20], adaptive_factor=2, positions="nape")
 SPARSE = ({"name": "entmax", "alpha": 1.3}, {"name": "sparsemax"})
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def padded(words=30, length=6):
 
 MODELS = {
     "language": lambda: (language_model(MULTIMAX, MULTIMAX), (padded(),)),
-    "sparse": lambda: (language_model(*SPARSE), (padded(),)),
+    "sparse": lambda: (language_model(*SPARSE, positions="rotary"), (padded(),)),
     "adaptive": lambda: (language_model(MULTIMAX, MULTIMAX, **ADAPTIVE), (padded(),)),
     "translation": lambda: (
         translation_model(MULTIMAX, MULTIMAX),
