@@ -41,6 +41,9 @@ TINY_TASK = {
     "retrieval": [*SYNTHETIC, LENGTHS],
     "max_retrieval": [*SYNTHETIC, LENGTHS],
     "associative_recall": [*SYNTHETIC, "data.vocabulary_size=64", "data.settings=[[32,2],[48,3]]"],
+    "mqmtar": [*SYNTHETIC, LENGTHS],
+    "reverse": [*SYNTHETIC, LENGTHS],
+    "sort": [*SYNTHETIC, LENGTHS],
 }
 
 # What `result.json` holds, and the tables are made of.

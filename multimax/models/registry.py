@@ -17,7 +17,6 @@ LANGUAGE_MODELS: Models = {"transformer_lm": LanguageModel}
 TRANSLATION_MODELS: Models = {"transformer": TranslationModel}
 RETRIEVAL_MODELS: Models = {"attention_regressor": AttentionRegressor}
 MAX_RETRIEVAL_MODELS: Models = {"attention_classifier": AttentionClassifier}
-RECALL_MODELS: Models = {"transformer_lm": LanguageModel}
 
 
 def build_model(models: Models, name: str, **options: Any) -> nn.Module:

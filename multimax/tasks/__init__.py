@@ -9,7 +9,8 @@ from multimax.registry import look_up
 from multimax.tasks.base import Task
 from multimax.tasks.image_classification import ImageClassification
 from multimax.tasks.language_modeling import LanguageModeling
-from multimax.tasks.retrieval import AssociativeRecall, MaxRetrieval, Retrieval
+from multimax.tasks.retrieval import MaxRetrieval, Retrieval
+from multimax.tasks.sequences import AssociativeRecall, MultiTokenRecall, Reverse, Sort
 from multimax.tasks.translation import Translation
 
 TASKS: dict[str, type[Any]] = {
@@ -19,6 +20,9 @@ TASKS: dict[str, type[Any]] = {
     "retrieval": Retrieval,
     "max_retrieval": MaxRetrieval,
     "associative_recall": AssociativeRecall,
+    "mqmtar": MultiTokenRecall,
+    "reverse": Reverse,
+    "sort": Sort,
 }
 
 

@@ -1,4 +1,4 @@
-"""Synthetic tasks that a layer of attention has to retrieve items for, in seconds a run."""
+"""Synthetic tasks, and those that a layer of attention has to retrieve items for."""
 
 import math
 from abc import abstractmethod
@@ -9,14 +9,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from multimax.data.synthetic import MAX_RETRIEVAL_DATA, RECALL_DATA, RETRIEVAL_DATA
+from multimax.data.synthetic import MAX_RETRIEVAL_DATA, RETRIEVAL_DATA
 from multimax.data.synthetic.base import Batch, SyntheticData
 from multimax.data.synthetic.k_mean import KMean
 from multimax.data.synthetic.maximum import Maximum
-from multimax.data.synthetic.recall import NOT_COUNTED, MultiQueryRecall
 from multimax.losses import output_loss
-from multimax.models.registry import MAX_RETRIEVAL_MODELS, RECALL_MODELS, RETRIEVAL_MODELS
-from multimax.models.transformer import LanguageModel
+from multimax.models.registry import MAX_RETRIEVAL_MODELS, RETRIEVAL_MODELS
 from multimax.normalizers import Normalizer
 from multimax.recording import NormalizerRecorder
 from multimax.tasks.base import (
@@ -34,11 +32,16 @@ INSPECTED_BATCHES = 4  # of an evaluation split
 class SyntheticTask(Task):
     """A task whose examples are drawn.
 
-    Metrics of a split are the loss and a measure, at the setting of training; the split "test" also
-    has the measure at each other setting, under its name and that of the setting, such as
+    Metrics of a split are the loss and the measures, at the setting of training; the split "test"
+    also has the measures at each other setting, under their name and that of the setting, such as
     "mse_n4096". Every example counts once. Arguments and errors are those of
     `multimax.tasks.build_task`.
+
+    Attributes:
+        measured: names of the measures.
     """
+
+    measured: ClassVar[tuple[str, ...]]
 
     data_kind: ClassVar[str] = "synthetic data set"
     model_arguments: ClassVar[tuple[str, ...]] = ("features", "outputs", "attention", "output")
@@ -72,8 +75,8 @@ class SyntheticTask(Task):
         return len(batch.targets)
 
     @abstractmethod
-    def measures(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss and measure of each example in evaluation, both (rows,)."""
+    def measures(self, model: nn.Module, batch: Batch) -> tuple[Tensor, ...]:
+        """Loss and measures of each example in evaluation, each (rows,)."""
 
     @abstractmethod
     def call_normalizers(self, model: nn.Module, batch: Batch) -> None:
@@ -84,7 +87,7 @@ class SyntheticTask(Task):
     ) -> dict[str, float]:
         named = self.data.settings[split]
         settings = list(dict.fromkeys(named.values()))
-        totals = torch.zeros(len(settings), 3, dtype=torch.float64)
+        totals = torch.zeros(len(settings), 2 + len(self.measured), dtype=torch.float64)
         for batch in self.evaluation_batches(split):
             measures = [measure.double().sum().cpu() for measure in self.measures(model, batch)]
             count = torch.tensor(float(self.weight(batch)), dtype=torch.float64)
@@ -93,14 +96,15 @@ class SyntheticTask(Task):
         for *_, count in rows:
             check_counted(split, count, self.splits[split], self.unit)
         means = {
-            s: (row[0] / row[2], row[1] / row[2]) for s, row in zip(settings, rows, strict=True)
+            setting: [total / row[-1] for total in row[:-1]]
+            for setting, row in zip(settings, rows, strict=True)
         }
-        for loss, _ in means.values():
+        for loss, *_ in means.values():
             check_finite(split, loss)
-        measure = self.monitor.partition("/")[2]
         metrics = {"loss": means[named[""]][0]}
         for name, setting in named.items():
-            metrics[f"{measure}_{name}" if name else measure] = means[setting][1]
+            for measure, mean in zip(self.measured, means[setting][1:], strict=True):
+                metrics[f"{measure}_{name}" if name else measure] = mean
         return metrics
 
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
@@ -122,6 +126,7 @@ class Retrieval(SyntheticTask):
     data_sets: ClassVar[DataSets] = RETRIEVAL_DATA
     models = RETRIEVAL_MODELS
     model_arguments: ClassVar[tuple[str, ...]] = ("features", "outputs", "attention")
+    measured = ("mse",)
     monitor = "valid/mse"
     higher_is_better = False
 
@@ -159,6 +164,7 @@ class MaxRetrieval(SyntheticTask):
 
     data_sets: ClassVar[DataSets] = MAX_RETRIEVAL_DATA
     models = MAX_RETRIEVAL_MODELS
+    measured = ("accuracy",)
     monitor = "valid/accuracy"
     higher_is_better = True
 
@@ -182,48 +188,3 @@ class MaxRetrieval(SyntheticTask):
 
     def call_normalizers(self, model: nn.Module, batch: Batch) -> None:
         cast(Normalizer, model.output)(model(batch.inputs))
-
-
-class AssociativeRecall(SyntheticTask):
-    """Multi-query associative recall, see `MultiQueryRecall`, with a language model.
-
-    The measure is `accuracy`, in percent of the queries; the loss is the output normalizer's own.
-    """
-
-    data_sets: ClassVar[DataSets] = RECALL_DATA
-    models = RECALL_MODELS
-    model_arguments: ClassVar[tuple[str, ...]] = (
-        "vocabulary_size",
-        "padding_index",
-        "attention",
-        "output",
-    )
-    monitor = "valid/accuracy"
-    higher_is_better = True
-
-    @classmethod
-    def model_options(cls, config: Any, source: MultiQueryRecall) -> dict[str, Any]:
-        return config.model.given() | {
-            "attention": config.attention.given(),
-            "output": config.output.given(),
-            "vocabulary_size": source.vocabulary_size,
-            "padding_index": NOT_COUNTED,
-        }
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        counts = batch.targets != NOT_COUNTED
-        output = cast(LanguageModel, self.model).output
-        return output.loss(model(batch.inputs)[counts], batch.targets[counts])
-
-    def measures(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        counts = batch.targets != NOT_COUNTED  # as many in each sequence
-        features, targets = model(batch.inputs)[counts], batch.targets[counts]
-        output = cast(LanguageModel, model).output
-        loss = output.loss(features, targets, reduction="none")
-        right = output.log_probabilities(features).argmax(-1) == targets
-        shape = len(batch.targets), batch.setting.relevant
-        return loss.view(shape).mean(1), 100 * right.float().view(shape).mean(1)
-
-    def call_normalizers(self, model: nn.Module, batch: Batch) -> None:
-        features = model(batch.inputs)[batch.targets != NOT_COUNTED]
-        cast(LanguageModel, model).output.probabilities(features)

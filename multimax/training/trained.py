@@ -23,6 +23,9 @@ EXPERIMENTS = {
     "retrieval": "retrieval_...",
     "max_retrieval": "max_retrieval_...",
     "associative_recall": "recall_...",
+    "mqmtar": "mqmtar_...",
+    "reverse": "reverse_...",
+    "sort": "sort_...",
 }
 
 

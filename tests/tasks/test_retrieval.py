@@ -2,37 +2,16 @@
 
 import math
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from synthetic import FEW, build, evaluate
 from torch import nn
 
 from multimax import MultiMax, build_normalizer
-from multimax.tasks import build_task
-from multimax.training.config import read_config
 
-ROOT = Path(__file__).parents[2]
-FEW = ("data.valid_size=300", "data.test_size=200")
 K_MEAN = (*FEW, "data.test_lengths=[64,256]", "data.test_marked=[1,16]")
 MAXIMUM = (*FEW, "data.test_lengths=[16,64]")
-RECALL = (
-    *FEW, "data.vocabulary_size=64", "data.settings=[[32,2],[48,3]]", "model.embed_dim=16",
-    "model.depth=1",
-)  # fmt: skip
-
-
-def build(experiment, *overrides, rank=0, world_size=1):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = read_config(compose("config", [f"experiment={experiment}", *overrides]))
-    torch.manual_seed(0)
-    return build_task(config, rank, world_size, torch.device("cpu"))
-
-
-def evaluate(task, model=None, split="test"):
-    with torch.inference_mode():
-        return task.evaluate((model or task.model).eval(), split, lambda totals: totals)
 
 
 class Weighted(nn.Module):
@@ -113,9 +92,8 @@ def test_the_model_is_attention_of_one_query(normalizer, keys):
     torch.testing.assert_close(task.model(items[:, order]), expected)
 
 
-@pytest.mark.parametrize("experiment", ["max_retrieval_multimax", "recall_multimax"])
-def test_the_loss_of_training_is_that_of_evaluation(experiment):
-    task = build(experiment, *(RECALL if experiment.startswith("recall") else FEW))
+def test_the_loss_of_training_is_that_of_evaluation():
+    task = build("max_retrieval_multimax", *FEW)
     batch = next(task.train_loader.batches(0))
     losses, _ = task.measures(task.model, batch)
     assert len(losses) == len(batch.targets)
@@ -172,27 +150,9 @@ def test_classes_are_ranked_by_probability():
         assert evaluate(task, split="valid")["accuracy"] == accuracy
 
 
-def test_accuracy_and_loss_of_recall():
-    task = build("recall_multimax", *RECALL)
-    found = evaluate(task, split="valid")
-    with torch.no_grad():  # of a token more than of others, so that some are right
-        losses, right = [], []
-        for batch in task.eval_loaders["valid"]:
-            probabilities = task.model.output.probabilities(task.model(batch.inputs))
-            for row, wanted in zip(probabilities, batch.targets, strict=True):
-                for place in range(48):
-                    if wanted[place]:
-                        losses.append(-row[place, wanted[place]].log().item())
-                        right.append((row[place].argmax() == wanted[place]).item())
-    assert len(losses) == 300 * 3
-    assert found["loss"] == pytest.approx(sum(losses) / 900, rel=1e-5)
-    assert found["accuracy"] == pytest.approx(100 * sum(right) / 900)
-    assert list(evaluate(task)) == ["loss", "accuracy", "accuracy_n32", "accuracy_n48"]
-
-
 @pytest.mark.parametrize(
     ("experiment", "sizes"),
-    [("retrieval_softmax", K_MEAN), ("max_retrieval_softmax", MAXIMUM), ("recall_softmax", RECALL)],
+    [("retrieval_softmax", K_MEAN), ("max_retrieval_softmax", MAXIMUM)],
 )
 def test_processes_evaluate_shares_of_a_split(experiment, sizes):
     whole = evaluate(build(experiment, *sizes))

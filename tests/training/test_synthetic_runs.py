@@ -21,6 +21,8 @@ OWN = {
         "data.vocabulary_size=64", "data.settings=[[32,2],[48,3]]", "model.embed_dim=16",
         "model.dropout=0.1",
     ),
+    "mqmtar_multimax": ("data.test_lengths=[64,80]", "model.embed_dim=16"),
+    "sort_multimax": ("data.test_lengths=[16,20]", "model.embed_dim=16"),
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from multimax.data.loading import SPLITS, EvalLoader, LoadedData, TrainLoader, d
 from multimax.files import digest
 
 EPOCH = 1000  # batches of training that the trainer counts as an epoch: there is no end of them
+NOT_COUNTED = 0  # as a target of a language model; no token of a sequence
 BLOCK = 50  # examples of an evaluation split that have a seed of their own
 
 Length = Annotated[int, Field(ge=1, le=2**20)]

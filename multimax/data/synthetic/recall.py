@@ -6,11 +6,17 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from multimax.data.synthetic.base import Arrays, Length, Setting, SyntheticData, choose
+from multimax.data.synthetic.base import (
+    NOT_COUNTED,
+    Arrays,
+    Length,
+    Setting,
+    SyntheticData,
+    choose,
+)
 from multimax.options import Count, checked
 
 POWER = 0.01  # of the distribution of where queries are: most come soon after the pairs
-NOT_COUNTED = 0  # as a target; no token of a sequence
 
 Pair = Annotated[Sequence[Length], Field(min_length=2, max_length=2)]
 

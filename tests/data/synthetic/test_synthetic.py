@@ -7,13 +7,23 @@ import pytest
 import torch
 
 from multimax.data.loading import derive_seed
-from multimax.data.synthetic import KMean, Maximum, MultiQueryRecall
+from multimax.data.synthetic import (
+    KMean,
+    Maximum,
+    MultiQueryRecall,
+    MultiTokenRecall,
+    Reverse,
+    Sort,
+)
 from multimax.data.synthetic.base import BLOCK, Setting
 
 DATA = {
     "k_mean": lambda **sizes: KMean(12, 3, (12, 20), (1, 5), **sizes),
     "maximum": lambda **sizes: Maximum(8, 3, 4, (8, 20), **sizes),
     "recall": lambda **sizes: MultiQueryRecall(40, ((16, 2), (24, 4)), **sizes),
+    "multi_token": lambda **sizes: MultiTokenRecall(9, 2, 24, 12, (12, 40), **sizes),
+    "reverse": lambda **sizes: Reverse(9, 12, 10, (12, 20), **sizes),
+    "sort": lambda **sizes: Sort(9, 12, 10, (12, 20), **sizes),
 }
 every_data_set = pytest.mark.parametrize("name", DATA)
 
@@ -105,6 +115,65 @@ def test_settings_of_recall_in_training():
     lengths = [batch.inputs.size(1) for batch in batches]
     assert set(lengths) == {16, 24}
     assert within(lengths.count(16) / 1000, 0.5, 0.5, 1000)
+
+
+@pytest.mark.parametrize(("length", "queries"), [(24, 2), (40, 8), (10, 3), (5, 1)])
+def test_the_target_of_multi_token_recall_is_the_value_of_the_key(length, queries):
+    data = MultiTokenRecall(9, 1, 24, 12, (12, 40))
+    sequences, targets = drawn(data, 300, length, queries)
+    pairs, filler, asked = int(0.8 * length / 4), 11, set()
+    queries = min(queries, pairs)
+    for tokens, wanted in zip(sequences.tolist(), targets.tolist(), strict=True):
+        read, asking = tokens[:length], tokens[length + 1 :]
+        assert tokens[length] == 1
+        assert len(asking) == 4 * queries - 1
+        letters = [place for place in range(length) if read[place] != filler]
+        starts = letters[::4]
+        assert letters == [start + i for start in starts for i in range(4)]
+        assert all(2 <= read[place] < filler for place in letters)
+        value_of = {tuple(read[s : s + 2]): read[s + 2 : s + 4] for s in starts}
+        assert len(value_of) == pairs
+        assert wanted[:length] == [0] * length
+        answers = wanted[length:]
+        keys = [tuple(asking[4 * query : 4 * query + 2]) for query in range(queries)]
+        assert len(set(keys)) == queries
+        asked |= {list(value_of).index(key) for key in keys}
+        assert answers == [token for key in keys for token in (0, 0, *value_of[key])]
+        assert asking[2::4] == answers[2::4]  # the second letter is predicted after the first
+        assert asking[3::4] == answers[3::4][: queries - 1]
+    assert asked == set(range(pairs))
+
+
+def test_fillers_and_queries_are_anywhere():
+    data = MultiTokenRecall(9, 1, 24, 12, (12, 40))
+    tokens, _ = drawn(data, 4000, 10, 1)  # two pairs and two fillers
+    assert within((tokens[:, 0] == data.filler).mean(), 0.5, 0.5, 4000)
+    assert within((tokens[:, 9] == data.filler).mean(), 0.5, 0.5, 4000)
+    whole = tokens[(tokens[:, 8:10] == data.filler).all(1)]
+    first_is_asked = (whole[:, :2] == whole[:, 11:13]).all(1)
+    assert within(first_is_asked.mean(), 0.5, 0.5, len(whole))
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+@pytest.mark.parametrize("build", [Reverse, Sort])
+def test_the_answer_has_the_same_letters(build, length):
+    sequences, targets = drawn(build(5), 300, length, 0)
+    assert sequences.shape == targets.shape == (300, 2 * length)
+    for tokens, wanted in zip(sequences.tolist(), targets.tolist(), strict=True):
+        letters, answer = tokens[:length], wanted[length:]
+        assert all(2 <= letter < 7 for letter in letters)
+        expected = [letters[length - 1 - place] for place in range(length)]
+        assert answer == (expected if build is Reverse else sorted(letters))
+        assert tokens[length:] == [1, *answer[:-1]]
+        assert wanted[:length] == [0] * length
+    for letter in range(2, 7):
+        assert within((sequences[:, :length] == letter).mean(), 0.2, 0.4, 300 * length)
+
+
+def test_lengths_of_sequences_in_training():
+    batches = DATA["sort"]().train_loader(1, 0, 1, "cpu", 0).batches(0)
+    lengths = [batch.setting.length for batch in batches]
+    assert all(within(lengths.count(n) / 1000, 1 / 3, 0.48, 1000) for n in (10, 11, 12))
 
 
 def first(data, number, seed=0, epoch=0, start=0, rank=0, world_size=1, rows=6):
@@ -199,7 +268,9 @@ def test_a_fingerprint_tells_data_apart():
     different = [
         KMean(), KMean(marked=3), KMean(length=65), KMean(test_marked=(1,)), KMean(valid_size=5),
         KMean(test_lengths=(64,)), Maximum(), Maximum(classes=9), Maximum(least_length=4),
-        MultiQueryRecall(), MultiQueryRecall(vocabulary_size=100),
+        MultiQueryRecall(), MultiQueryRecall(vocabulary_size=100), Sort(), Reverse(), Sort(9),
+        Sort(least_length=2), Sort(test_lengths=(16,)), MultiTokenRecall(),
+        MultiTokenRecall(queries=3), MultiTokenRecall(40),
     ]  # fmt: skip
     assert len({data.fingerprint for data in different}) == len(different)
     assert KMean().fingerprint == KMean(64, 4).fingerprint
@@ -216,6 +287,11 @@ def test_a_fingerprint_tells_data_apart():
         (lambda: MultiQueryRecall(64, ((15, 4),)), r"4 pairs .* need a length of at least 16"),
         (lambda: MultiQueryRecall(10, ((64, 5),)), r"vocabulary_size of more than 11"),
         (lambda: MultiQueryRecall(64, ((64,),)), "settings="),
+        (lambda: Sort(length=3, least_length=4), r"data\.least_length=4 must be at most .*=3"),
+        (lambda: Reverse(1), r"alphabet=1 must be a whole number"),
+        (lambda: MultiTokenRecall(least_length=4), "a sequence of length 4 has no pair: .* is 5"),
+        (lambda: MultiTokenRecall(test_lengths=(64, 3)), "a sequence of length 3 has no pair"),
+        (lambda: MultiTokenRecall(10), r"alphabet=10 makes 100 keys, fewer than the 102 pairs"),
     ],
 )
 def test_what_cannot_be_drawn(build, said):
