@@ -10,8 +10,8 @@ SMALL = (*FEW, "model.embed_dim=16", "model.depth=1")
 OWN = {
     "recall_multimax": ("data.vocabulary_size=64", "data.settings=[[32,2],[48,3]]"),
     "mqmtar_multimax": ("data.test_lengths=[64,80]", "data.alphabet=8"),
-    "reverse_multimax": ("data.test_lengths=[16,20]", "data.alphabet=8"),
-    "sort_multimax": ("data.test_lengths=[16,20]", "data.alphabet=8"),
+    "reverse_multimax": ("data.test_lengths=[16,20]", "data.alphabet=24"),
+    "sort_multimax": ("data.test_lengths=[16,20]", "data.alphabet=24"),
 }
 NAMES = {"recall_multimax": ("n32", "n48"), "mqmtar_multimax": ("n64", "n80")}
 ANSWER = {"recall_multimax": 3, "mqmtar_multimax": 8}  # tokens; as many as there are else

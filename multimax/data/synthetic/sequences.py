@@ -14,6 +14,7 @@ from multimax.data.synthetic.base import (
     Lengths,
     Setting,
     SyntheticData,
+    choose,
     length_settings,
 )
 from multimax.options import Count, checked
@@ -71,7 +72,10 @@ class Sequences(SyntheticData):
 
 
 class Transformed(Sequences):
-    """Random letters, a separator, and as the answer the same letters in another order.
+    """Different letters, a separator, and as the answer the same letters in another order.
+
+    That no letter comes twice is ours: which one is meant is then never in doubt, and what is left
+    is to find it.
 
     Args:
         alphabet: number of letters, each of which has the same probability at each place.
@@ -82,7 +86,7 @@ class Transformed(Sequences):
         test_size: sequences of the split "test", of each length.
 
     Raises:
-        ValueError: as in `Sequences`.
+        ValueError: as in `Sequences`, or a length is above the number of letters.
 
     Source: the tasks Reverse and Sort of Vasylenko et al., Long-Context Generalization with Sparse
     Attention, 2025, arXiv 2506.16640; the sizes are ours, and no token ends the answer.
@@ -93,13 +97,19 @@ class Transformed(Sequences):
     @checked
     def __init__(
         self,
-        alphabet: Alphabet = 32,
+        alphabet: Alphabet = 256,
         length: Length = 16,
         least_length: Length = 1,
-        test_lengths: Lengths = (16, 32, 64, 128),
-        valid_size: Count = 200,
-        test_size: Count = 200,
+        test_lengths: Lengths = (16, 24, 32, 64, 128),
+        valid_size: Count = 1000,
+        test_size: Count = 1000,
     ) -> None:
+        longest = max(length, *test_lengths)
+        if longest > alphabet:
+            raise ValueError(
+                f"data.alphabet={alphabet} must be at least {longest}, the largest length: no "
+                "letter comes twice"
+            )
         self.alphabet: int = alphabet
         super().__init__(
             self.name,
@@ -117,7 +127,8 @@ class Transformed(Sequences):
 
     def draw(self, generator: np.random.Generator, rows: int, setting: Setting) -> Arrays:
         """Tokens and targets (rows, 2 * length), int64."""
-        letters = FIRST + generator.integers(self.alphabet, size=(rows, setting.length))
+        letters = choose(generator, rows, self.alphabet, setting.length)
+        letters = FIRST + generator.permuted(letters, axis=1)
         answer, separator = self.answer(letters), np.full((rows, 1), SEPARATOR)
         silent = np.full_like(letters, NOT_COUNTED)
         tokens = np.concatenate([letters, separator, answer[:, :-1]], axis=1)
@@ -125,7 +136,7 @@ class Transformed(Sequences):
 
 
 class Reverse(Transformed):
-    """Random letters, whose answer is the last one, the one before it, and so on."""
+    """Different letters, whose answer is the last one, the one before it, and so on."""
 
     name = "reverse"
 
@@ -134,7 +145,7 @@ class Reverse(Transformed):
 
 
 class Sort(Transformed):
-    """Random letters, whose answer is the smallest one, the next one, and so on."""
+    """Different letters, whose answer is the smallest one, the next one, and so on."""
 
     name = "sort"
 
