@@ -87,8 +87,8 @@ def relative_positions(
 ) -> Relative:
     """The relative positions of the last `new` of `total` tokens.
 
-    A distance is the difference of two places in a row, padding included, which is between no two
-    words of a row that is padded at its ends.
+    Places are counted with the padding, which changes no distance between two words unless it is
+    between them.
 
     Args:
         name: as in `LanguageModel`.
