@@ -136,7 +136,11 @@ class Transformed(Sequences):
 
 
 class Reverse(Transformed):
-    """Different letters, whose answer is the last one, the one before it, and so on."""
+    """Different letters, whose answer is the last one, the one before it, and so on.
+
+    Args:
+        alphabet, length, least_length, test_lengths, valid_size, test_size: as in `Transformed`.
+    """
 
     name = "reverse"
 
@@ -145,7 +149,11 @@ class Reverse(Transformed):
 
 
 class Sort(Transformed):
-    """Different letters, whose answer is the smallest one, the next one, and so on."""
+    """Different letters, whose answer is the smallest one, the next one, and so on.
+
+    Args:
+        alphabet, length, least_length, test_lengths, valid_size, test_size: as in `Transformed`.
+    """
 
     name = "sort"
 
