@@ -6,6 +6,7 @@ so that the scores of a large vocabulary take the memory of one chunk.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -120,8 +121,12 @@ def compute_dtype(features: Tensor) -> torch.dtype:
 def _product_dtype(features: Tensor) -> torch.dtype:
     """The dtype of the products with the weight: autocast's, or that of the features."""
     device = features.device.type
-    enabled = torch.is_autocast_enabled(device)
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled else features.dtype
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _run(
@@ -134,7 +139,7 @@ def _run(
     """
     features, weight, bias, target, *_ = tensors
     dtype = torch.promote_types(ctx.dtype, torch.float32)
-    with torch.autocast(features.device.type, enabled=False):
+    with _without_autocast(features.device):
         x, w = features.to(ctx.dtype), weight.to(ctx.dtype)
         b = bias if bias is None else bias.to(ctx.dtype)
         losses = torch.empty(x.size(0), dtype=dtype, device=x.device)

@@ -16,6 +16,7 @@ from multimax.registry import build
 DataSets = Mapping[str, Callable[..., Any]]
 Sections = Mapping[str, type[Section]]
 
+MADE_UPDATES = 2  # that made data is enough for, where its data set does not say how large it is
 LARGEST_LOSS = 700  # nats; beyond it the perplexity is no number
 DIVERGED = "training has diverged. Lower optimizer.lr or set trainer.clip_norm"
 
@@ -70,6 +71,22 @@ class Task(ABC):
         """
         options = config.data.given()
         return build(cls.data_kind, cls.data_sets, options.pop("name"), options)
+
+    @classmethod
+    def make_data(cls, config: Any, world_size: int) -> Any:
+        """Random data of the shapes and sizes that `config.data` names, as `open_data` returns it.
+
+        It needs no files: for dry runs, and for plans. Each evaluation split is about one batch for
+        every process.
+
+        Args:
+            config: as in `multimax.tasks.build_task`.
+            world_size: number of processes.
+
+        Raises:
+            ValueError: the task makes none, or the data set does not say how large it is.
+        """
+        raise ValueError(f"task={config.task.name} has no made data: leave trainer.dry_run=false")
 
     @staticmethod
     def vocabulary(source: Any) -> Any:
@@ -152,6 +169,16 @@ def inspected_split(splits: Iterable[str]) -> str:
 def batch_size_per_process(config: Any, world_size: int) -> int:
     """Units in one batch of one process, of which `trainer.accumulation` make an update."""
     return config.trainer.batch_size // (world_size * config.trainer.accumulation)
+
+
+def made_sizes(config: Any, world_size: int) -> tuple[int, int | None]:
+    """Units of each evaluation split of made data, and of as much to train on as is asked for.
+
+    The second is None where the length of the training depends on how much there really is.
+    """
+    options = config.trainer
+    enough = None if options.epochs else MADE_UPDATES * options.batch_size
+    return options.eval_batch_size * world_size, enough
 
 
 def describe_model(model: nn.Module) -> str:

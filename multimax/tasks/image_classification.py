@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from multimax.data.images import IMAGE_DATA
 from multimax.data.images.base import ImageData
+from multimax.data.images.made import made_images
 from multimax.losses import output_loss
 from multimax.models.registry import IMAGE_CLASSIFIERS
 from multimax.normalizers import Normalizer
@@ -24,6 +25,7 @@ from multimax.tasks.base import (
     check_finite,
     describe_model,
     inspected_split,
+    made_sizes,
 )
 
 INSPECTED_IMAGES = 2000  # of each process: all of the small test split
@@ -77,6 +79,11 @@ class ImageClassification(Task):
         self.label_smoothing: float = config.loss.label_smoothing
         batch_size = batch_size_per_process(config, world_size)
         self.mixup: Mixup | None = _build_mixup(config.loss, self.data.num_classes, batch_size)
+
+    @classmethod
+    def make_data(cls, config: Any, world_size: int) -> ImageData:
+        options = config.data.given()
+        return made_images(options.pop("name"), options, *made_sizes(config, world_size))
 
     @classmethod
     def model_options(cls, config: Any, source: ImageData) -> dict[str, Any]:

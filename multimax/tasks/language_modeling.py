@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from multimax.data.text import TEXT_DATA
 from multimax.data.text.blocks import TextBatch, TextData
+from multimax.data.text.made import made_text
 from multimax.data.text.source import TextSource
 from multimax.data.vocabulary import Vocabulary
 from multimax.models.adaptive import AdaptiveOutput
@@ -28,6 +29,7 @@ from multimax.tasks.base import (
     check_not_diverged,
     describe_model,
     inspected_split,
+    made_sizes,
 )
 
 INSPECTED_BATCHES = 4  # of an evaluation split
@@ -90,6 +92,11 @@ class LanguageModeling(Task):
         self.model: LanguageModel = cast(LanguageModel, model)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.open_loaders(self.data, config, rank, world_size, device)
         self.label_smoothing: float = config.loss.label_smoothing
+
+    @classmethod
+    def make_data(cls, config: Any, world_size: int) -> TextSource:
+        options = config.data.given()
+        return made_text(options.pop("name"), options, *made_sizes(config, world_size))
 
     @staticmethod
     def vocabulary(source: TextSource) -> Vocabulary:

@@ -17,6 +17,7 @@ from multimax.losses import output_loss
 from multimax.models.registry import MAX_RETRIEVAL_MODELS, RETRIEVAL_MODELS
 from multimax.normalizers import Normalizer
 from multimax.recording import NormalizerRecorder
+from multimax.registry import build
 from multimax.tasks.base import (
     DataSets,
     Task,
@@ -24,6 +25,7 @@ from multimax.tasks.base import (
     check_finite,
     describe_model,
     inspected_split,
+    made_sizes,
 )
 
 INSPECTED_BATCHES = 4  # of an evaluation split
@@ -59,6 +61,13 @@ class SyntheticTask(Task):
         self.data: SyntheticData = source
         self.model: nn.Module = model
         self.open_loaders(source, config, rank, world_size, device)
+
+    @classmethod
+    def make_data(cls, config: Any, world_size: int) -> SyntheticData:
+        """The data set itself, which is made anyway, with small evaluation splits."""
+        evaluated, _ = made_sizes(config, world_size)
+        options = config.data.given() | {"valid_size": evaluated, "test_size": evaluated}
+        return build(cls.data_kind, cls.data_sets, options.pop("name"), options)
 
     def describe(self) -> dict[str, str]:
         data, modules = self.data, self.model.named_modules()

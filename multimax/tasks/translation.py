@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from multimax.data.pairs import PAIR_DATA
 from multimax.data.pairs.batches import PairBatch, TokenTrainLoader
+from multimax.data.pairs.made import MadePairs
 from multimax.data.pairs.sources import Languages, PairData, PairSource
 from multimax.data.vocabulary import PairVocabulary
 from multimax.decoding import beam_search
@@ -23,9 +24,11 @@ from multimax.tasks.base import (
     DataSets,
     Sections,
     Task,
+    batch_size_per_process,
     check_not_diverged,
     describe_model,
     inspected_split,
+    made_sizes,
 )
 from multimax.tasks.language_modeling import TokenLoss, smoothed_negative_log_likelihood
 
@@ -101,6 +104,13 @@ class Translation(Task):
         self.label_smoothing: float = config.loss.label_smoothing
         self.fingerprint: str = self.data.languages.fingerprint
         self.notes = {"left_out": self.data.left_out}
+
+    @classmethod
+    def make_data(cls, config: Any, world_size: int) -> PairSource:
+        options = config.data.given()
+        evaluated, _ = made_sizes(config, world_size)
+        longest = min(config.data.max_length, batch_size_per_process(config, world_size))
+        return MadePairs(options.pop("name"), options, evaluated, longest)
 
     @staticmethod
     def vocabulary(source: PairSource) -> Languages:

@@ -36,7 +36,7 @@ from multimax.training.sections import (
 # What changes nothing in the numbers of a run, so that it does not change its folder.
 NOT_IN_HASH = ("output_dir", "resume", "logger", "seed", "name", "group", "tags")
 NOT_IN_HASH_NESTED: dict[str, tuple[str, ...]] = {
-    "trainer": ("log_every", "keep"),
+    "trainer": ("log_every", "keep", "dry_run"),
     "data": ("root", "num_workers", "cache"),
 }
 # Newer settings, with what was there before them: that is not in the hash, as in older folders.

@@ -23,6 +23,7 @@ from multimax.training.config import (
     read_config,
     run_folder,
 )
+from multimax.training.dry_run import dry_run
 from multimax.training.evaluation import build_accelerator, evaluate_splits
 from multimax.training.folder import left_only_if_used, save_config, set_aside, wandb_id
 from multimax.training.loggers import JsonLinesLogger, Logger, ProgressDisplay, WandbLogger
@@ -48,12 +49,14 @@ INITIALIZATION = 2**32 - 1  # the "epoch" whose random stream draws the initial 
 def run(config: Any, console: Console | None = None) -> dict[str, Any]:
     """Train, evaluate and write `result.json`; a finished run is only read back.
 
+    With `trainer.dry_run` nothing is written, see `multimax.training.dry_run`.
+
     Args:
         config: composed from `configs/`, see `read_config`.
         console: where the main process reports to; None is the terminal.
 
     Returns:
-        The content of `result.json`.
+        The content of `result.json`; of a dry run what it measured.
 
     Raises:
         ValueError: a setting is out of range, another process has the run folder, or what the run
@@ -67,6 +70,8 @@ def run(config: Any, console: Console | None = None) -> dict[str, Any]:
     check_processes(config, PartialState(cpu=not torch.cuda.is_available()).num_processes)
     accelerator = build_accelerator(config)
     try:
+        if config.trainer.dry_run:
+            return dry_run(config, accelerator, console or Console())
         folder = run_folder(config)
         if not accelerator.is_main_process:
             accelerator.wait_for_everyone()

@@ -50,6 +50,11 @@ class TrainerSection(Section):
         description='mixed precision; "no" (quoted in YAML) is fp32, fp16 needs a GPU'
     )
     compile: bool = Field(description="torch.compile the model")
+    dry_run: bool = Field(
+        False,
+        description="true: two updates and an evaluation batch with random data of the same shapes "
+        "say how long the run takes and how much memory; nothing is written, no data is read",
+    )
     clip_norm: Positive | None = Field(
         description="largest gradient norm of weights, and of normalizers; null does not clip"
     )

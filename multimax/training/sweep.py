@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from multimax.training.config import read_config, run_folder
+from multimax.training.config import Config, read_config, run_folder
 from multimax.training.run import run
 from multimax.training.trainer import InterruptedRunError
 
@@ -55,7 +55,7 @@ def run_job(config: DictConfig) -> None:
     try:
         typed = read_config(config)
         folder = run_folder(typed)
-        before = typed.resume != "never" and (folder / "result.json").exists()
+        before = _has_result(typed)
         said = main_metric(run(typed))
         state = "finished before" if before else "finished"
     except InterruptedRunError:
@@ -83,7 +83,7 @@ def finished_before(config: DictConfig, settings: list[str], record: Path) -> bo
         content: Any = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
         typed = read_config(content)
         folder = run_folder(typed)
-        if typed.resume == "never" or not (folder / "result.json").exists():
+        if not _has_result(typed):
             return False
         said = main_metric(json.loads((folder / "result.json").read_text()))
     except (ValueError, OSError, KeyError, TypeError):
@@ -91,6 +91,12 @@ def finished_before(config: DictConfig, settings: list[str], record: Path) -> bo
     if _main_process():
         _write(record, Job(settings, "finished before", said, str(folder)))
     return True
+
+
+def _has_result(config: Config) -> bool:
+    """Whether a run is only to be read back."""
+    again = config.resume == "never" or config.trainer.dry_run
+    return not again and (run_folder(config) / "result.json").exists()
 
 
 def _write(record: Path, job: Job) -> None:
@@ -135,7 +141,9 @@ def summary(jobs: list[Job]) -> list[str]:
 
 
 def main_metric(result: dict[str, Any]) -> str:
-    """The metric that a result is of, such as "test top1 86.2"."""
+    """The metric that a result is of, such as "test top1 86.2"; of a dry run how long it takes."""
+    if "training_seconds" in result and "metrics" not in result:
+        return f"about {result['training_seconds']:.0f} s"
     split = "test" if "test" in result["metrics"] else next(iter(result["metrics"]))
     name = result["best"]["metric"].partition("/")[2]
     return f"{split} {name} {result['metrics'][split][name]:.4g}"
