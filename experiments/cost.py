@@ -23,7 +23,9 @@ from multimax.tasks import TASKS, build_task
 from multimax.training.config import Config, check_processes
 from multimax.training.optimization import build_optimizer
 
+aten = torch.ops.aten
 META = torch.device("meta")
+IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}  # which torch does not count
 BATCHES = 16  # that are drawn: those of some tasks differ
 
 
@@ -118,11 +120,11 @@ def _tensors(batch: Any) -> list[Tensor]:
 
 
 class Meter(TorchDispatchMode):
-    """Counts FLOPs, as `FlopCounterMode` does, and bytes, of what runs inside on the meta device.
+    """Counts FLOPs, by torch's own formulas, and bytes, of what runs inside on the meta device.
 
     The bytes are those of tensors that are made inside and not yet freed; a gradient counts until
-    its parameter has it. `FlopCounterMode` itself takes twice as long, and keeps what gradient
-    checkpointing lets go.
+    its parameter has it. `torch.utils.flop_counter.FlopCounterMode` leaves out products in place,
+    as the output layer has them, and keeps what gradient checkpointing lets go.
 
     Args:
         model: whose parameters and buffers do not count.
@@ -158,7 +160,8 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
+        packet = func._overloadpacket
+        count = flop_registry.get(IN_PLACE.get(packet, packet))
         if count is not None:
             self.flops += count(*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
@@ -195,9 +198,9 @@ class KnownIntegers(TorchDispatchMode):
         on_meta = any(t.is_meta for t in inputs) or kwargs.get("device") == META
         known = inputs and all(self._known(tensor) for tensor in inputs)
         if not on_meta or not known or func._schema.is_mutable:
-            if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
                 return False
-            if func is torch.ops.aten.index.Tensor:
+            if func is aten.index.Tensor:
                 args = args[0], self._places(args[1])
             return func(*args, **kwargs)
         args, kwargs = tree_map(self._value, (args, kwargs))

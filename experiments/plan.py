@@ -214,11 +214,11 @@ def main() -> None:
     arguments = _arguments()
     settings = [name for name in arguments.names if "=" in name and not name.startswith("study=")]
     named = [name.removeprefix("study=") for name in arguments.names if name not in settings]
-    scale = _scale(settings, arguments.scale)
-    settings = [setting for setting in settings if not setting.startswith("scale=")]
     console = Console(width=None if sys.stdout.isatty() else 140)
     rows: list[Row] = []
     try:
+        scale = _scale(settings, arguments.scale)
+        settings = [setting for setting in settings if not setting.startswith("scale=")]
         if any(setting.startswith("experiment=") for setting in settings):
             if named:
                 raise ValueError(f"experiment= is one run, study {named[0]} many: name one of them")

@@ -46,21 +46,25 @@ class MadeText(TextSource):
         return "made"
 
     def load(self) -> TextData:
-        streams = {split: _Stream(self.words, size) for split, size in self.sizes.items()}
+        tokens = self._draw()
+        streams = {split: _Stream(tokens, size) for split, size in self.sizes.items()}
         sizes = self.block_size, self.context_window
         arrays = cast(dict[str, np.ndarray], streams)  # what is read of them is the same
         counts = self.sizes, self.sizes
         return TextData(self.name, self.vocabulary, *sizes, arrays, *counts, self.fingerprint)
 
+    def _draw(self) -> np.ndarray:
+        first = len(FAIRSEQ_SPECIALS)
+        shares = 1 / np.arange(1, self.words - first + 1)
+        drawn = np.random.default_rng(0).choice(len(shares), CYCLE, p=shares / shares.sum())
+        return (first + drawn).astype(np.int32)
+
 
 class _Stream:
-    """Tokens of a stream as long as any, in the memory of `CYCLE` of them."""
+    """The same tokens again and again, in the memory of once."""
 
-    def __init__(self, words: int, size: int) -> None:
-        first = len(FAIRSEQ_SPECIALS)
-        shares = 1 / np.arange(1, words - first + 1)
-        drawn = np.random.default_rng(0).choice(len(shares), CYCLE, p=shares / shares.sum())
-        self.tokens, self.size = (first + drawn).astype(np.int32), size
+    def __init__(self, tokens: np.ndarray, size: int) -> None:
+        self.tokens, self.size = tokens, size
 
     def __len__(self) -> int:
         return self.size
@@ -68,8 +72,8 @@ class _Stream:
     def __getitem__(self, key: Any) -> Any:
         places = range(self.size)[key]
         if isinstance(places, int):
-            return self.tokens[places % CYCLE]
-        return self.tokens[np.arange(places.start, places.stop) % CYCLE]
+            return self.tokens[places % len(self.tokens)]
+        return self.tokens[np.arange(places.start, places.stop) % len(self.tokens)]
 
 
 def made_text(
