@@ -115,12 +115,12 @@ def texts(row: Row, utilization: float) -> dict[str, str]:
 
 def _short(number: float) -> str:
     """Three digits and a prefix of the SI, such as "22.0 M"."""
-    for prefix in " kMGTP":
-        if number < 999.5 or prefix == "P":
-            break
+    prefixes = [" ", "k", "M", "G", "T", "P"]
+    while number >= 999.5 and len(prefixes) > 1:
         number /= 1000
+        del prefixes[0]
     digits = max(0, 3 - len(str(int(number))))
-    return f"{number:.{digits}f} {prefix}".rstrip()
+    return f"{number:.{digits}f} {prefixes[0]}".rstrip()
 
 
 def _hours(hours: float) -> str:

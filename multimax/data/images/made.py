@@ -25,16 +25,11 @@ class MadeImages(ImageData):
     def fingerprint(self) -> str:
         return "made"
 
-    def make_train_loader(
-        self, batch_size: int, rank: int, world_size: int, device: torch.device, seed: int
-    ) -> TrainLoader:
-        length = batches_per_epoch(self.name, self.sizes["train"], batch_size, world_size)
-        return _TrainLoader(self, batch_size, device, length)
+    def make_train_loader(self, *arguments: Any) -> TrainLoader:
+        return _TrainLoader(self, *arguments)
 
-    def make_eval_loader(
-        self, split: str, batch_size: int, rank: int, world_size: int, device: torch.device
-    ) -> EvalLoader:
-        return _EvalLoader(self, batch_size, device)
+    def make_eval_loader(self, split: str, *arguments: Any) -> EvalLoader:
+        return _EvalLoader(self, *arguments)
 
     def batch(self, size: int, device: torch.device) -> Batch:
         """Images (size, C, H, W) and labels (size,)."""
@@ -47,8 +42,16 @@ class MadeImages(ImageData):
 class _TrainLoader(TrainLoader):
     data: MadeImages
     batch_size: int
+    rank: int
+    world_size: int
     device: torch.device
-    length: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        images = self.data.sizes["train"]
+        self.length: int = batches_per_epoch(
+            self.data.name, images, self.batch_size, self.world_size
+        )
 
     def __len__(self) -> int:
         return self.length
@@ -63,6 +66,8 @@ class _TrainLoader(TrainLoader):
 class _EvalLoader(EvalLoader):
     data: MadeImages
     batch_size: int
+    rank: int
+    world_size: int
     device: torch.device
 
     def __iter__(self) -> Iterator[Batch]:

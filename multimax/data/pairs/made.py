@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -98,22 +98,22 @@ class MadePairs(PairSource):
 
     def load(self) -> PairData:
         data = PairData(self.name, self.languages, self.fingerprint, sizes=self.pairs)
-        vocabularies = self.languages.source_vocabulary, self.languages.target_vocabulary
+        special = self.languages.target_vocabulary
+        words = self.languages.source_vocabulary.size, special.size
         means = self.means[self.source], self.means[self.target]
         for split, count in self.pairs.items():
-            sides = _sentences(count, self.max_length, means, tuple(v.size for v in vocabularies))
-            target = vocabularies[1]
-            data.splits[split] = Pairs(*sides, target.padding_index, target.eos_index)
+            source, target = _sentences(count, self.max_length, means, words)
+            data.splits[split] = Pairs(source, target, special.padding_index, special.eos_index)
             if split != "train":
-                lines = [target.decode(sides[1][index].tolist()) for index in range(count)]
+                lines = [special.decode(target[index].tolist()) for index in range(count)]
                 data.references[split] = lines
         return data
 
 
 @lru_cache(maxsize=4)  # the cells of a study share them
 def _sentences(
-    count: int, longest: int, means: tuple[float, float], words: tuple[int, ...]
-) -> tuple[Sentences, ...]:
+    count: int, longest: int, means: tuple[float, float], words: tuple[int, int]
+) -> tuple[Sentences, Sentences]:
     """Source and target sentences; lengths in [2, longest], the last token is the end."""
     generator = np.random.default_rng(0)
     source = generator.gamma(SHAPE, means[0] / SHAPE, count)
@@ -123,5 +123,5 @@ def _sentences(
         ends = lengths.round().clip(2, longest).astype(np.int64).cumsum()
         tokens = generator.integers(len(FAIRSEQ_SPECIALS), size, ends[-1], dtype=np.int32)
         tokens[ends - 1] = WordVocabulary.eos_index
-        sides.append(Sentences(np.split(tokens, ends[:-1])))
-    return tuple(sides)
+        sides.append(Sentences(cast(Any, np.split(tokens, ends[:-1]))))
+    return sides[0], sides[1]

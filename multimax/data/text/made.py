@@ -98,9 +98,8 @@ def made_text(
             f"data.name={name} does not say how many tokens there are to train on: give the length "
             "as trainer.updates="
         )
-    train = OFFICIAL.train if known else (trained or 0) * block
-    sizes = {"train": train} | dict.fromkeys(
-        ("valid", "test"), max(block, evaluated * (block - context))
-    )
+    train: int = OFFICIAL.train if known else (trained or 0) * block
+    few: int = max(block, evaluated * (block - context))
+    sizes = {"train": train, "valid": few, "test": few}
     words = OFFICIAL.vocabulary if known else options["vocabulary_size"]
     return MadeText(f"random tokens like {name}", words, sizes, block, context)
