@@ -38,9 +38,10 @@ def paper_values():
             "depth": None, "num_heads": None, "mlp_ratio": None,
         },
         "trainer": {
-            "dry_run": False, "epochs": 300, "updates": None, "batch_size": 1024,
-            "eval_batch_size": 384, "accumulation": 1, "precision": "fp16", "compile": False,
-            "clip_norm": None, "ema_decay": 0.99996, "evaluate_every": 1, "log_every": 50, "report": "last",
+            "epochs": 300, "updates": None, "batch_size": 1024, "eval_batch_size": 384,
+            "accumulation": 1, "precision": "fp16", "compile": False, "clip_norm": None,
+            "ema_decay": 0.99996, "evaluate_every": 1, "log_every": 50, "report": "last",
+            "dry_run": False,
         },
         "optimizer": {
             "name": "adamw", "lr": 5e-4 * 1024 / 512, "weight_decay": 0.05, "eps": 1e-8,
