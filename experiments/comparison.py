@@ -1,11 +1,12 @@
 """The runs of each cell of a study, and how the cells compare with its baseline."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from experiments.selection import Run, Selection, config_of, select
-from experiments.statistics import Difference, holm, paired_difference
+from experiments.statistics import CONFIDENCE, Difference, holm, paired_difference
 from multimax.training.config import Config, hashed_settings
 from multimax.training.studies import Study
 
@@ -17,7 +18,8 @@ class Comparison:
     """A cell next to the baseline, by the first column of the study.
 
     Attributes:
-        by_seed: the difference of each seed that both have.
+        by_seed: the difference of each seed that both have; of the logarithms to base 10 where the
+            study compares by ratios.
         difference: their mean and its interval; None with fewer than two seeds.
         star: whether the interval excludes 0 after Holm's correction for the number of cells.
     """
@@ -78,14 +80,54 @@ class Cells:
         return sum(len(selection.runs) for selection in self.selections.values())
 
     def values(self, cell: str, column: str) -> dict[int, float]:
-        """A figure by seed, of the runs that have it: a sparse output has no perplexity."""
-        name = self.study.columns[column].replace("test/", f"{self.split}/")
-        runs = self.selections[cell].runs
-        return {s: runs[s].figures[name] for s in sorted(runs) if name in runs[s].figures}
+        """A figure by seed, of the runs that have it: a sparse output has no perplexity.
 
-    def difference(self, cell: str, than: str, column: str) -> Difference | None:
-        """To another cell, by the seeds that both have."""
-        return paired_difference(self.values(cell, column), self.values(than, column))
+        That of a run that diverged is what the study says.
+        """
+        name = self.study.columns[column].replace("test/", f"{self.split}/")
+        runs = sorted(self.selections[cell].runs.items())
+        found = {
+            seed: self.study.diverged if run.diverged else run.figures.get(name)
+            for seed, run in runs
+        }
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def compared(self, cell: str, column: str) -> dict[int, float]:
+        """`values`, or their logarithms to base 10 where the study compares by ratios.
+
+        Raises:
+            ValueError: a figure has no logarithm.
+        """
+        found = self.values(cell, column)
+        if not self.study.ratios:
+            return found
+        for seed, value in found.items():
+            if not value > 0:
+                raise ValueError(
+                    f"{column} of cell {cell}, seed {seed}, is {value:g}: study "
+                    f"{self.study.name} has ratios=true, which is for positive figures"
+                )
+        return {seed: math.log10(value) for seed, value in found.items()}
+
+    @property
+    def smallest(self) -> float | None:
+        """The smallest difference of `compared` figures that matters."""
+        smallest = self.study.smallest
+        return math.log10(smallest) if smallest and self.study.ratios else smallest
+
+    @property
+    def level(self) -> float:
+        """Of the intervals of claims: with a smallest difference, Bonferroni's for their number."""
+        claims = self.study.claims
+        return CONFIDENCE if self.smallest is None else 1 - (1 - CONFIDENCE) / max(1, len(claims))
+
+    def difference(
+        self, cell: str, than: str, column: str, confidence: float = CONFIDENCE
+    ) -> Difference | None:
+        """Of the `compared` figures to another cell, by the seeds that both have."""
+        return paired_difference(
+            self.compared(cell, column), self.compared(than, column), confidence
+        )
 
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:
@@ -96,10 +138,10 @@ class Cells:
         compared = {cell: difference for cell, difference in found.items() if difference}
         corrected = holm([difference.p_value for difference in compared.values()])
         stars = {cell for cell, p in zip(compared, corrected, strict=True) if p < ALPHA}
-        of_base = self.values(base, column)
+        of_base = self.compared(base, column)
         return {
             cell: Comparison(
-                {s: v - of_base[s] for s, v in self.values(cell, column).items() if s in of_base},
+                {s: v - of_base[s] for s, v in self.compared(cell, column).items() if s in of_base},
                 found[cell],
                 cell in stars,
             )
@@ -119,7 +161,7 @@ def cells_of(study: Study, scale: str, runs: Iterable[Run], overrides: Sequence[
     Raises:
         ValueError: the settings do not compose, or a run is recorded twice.
     """
-    runs = list(runs)
+    runs = [run for run in runs if study.diverged is not None or not run.diverged]
     configs = {
         name: config_of(*study.settings(name), f"scale={scale}", *overrides) for name in study.cells
     }

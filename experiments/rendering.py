@@ -35,6 +35,11 @@ class Table:
     runs: int
 
 
+def significant(value: float, digits: int) -> str:
+    """A number with this many significant digits, such as "0.00065", "1.20" or "230"."""
+    return f"{value:#.{digits}g}".removesuffix(".")
+
+
 def markdown(table: Table) -> str:
     """The table with its caption and remarks."""
     return "\n\n".join([table.caption, grid(table), *(f"- {r}" for r in table.remarks)]) + "\n"

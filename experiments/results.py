@@ -1,6 +1,7 @@
 """Results of runs: copied into `results/runs/` with their learning curves, and read back.
 
 python -m experiments.results outputs/small/deit_*     # copy finished results into results/runs
+python -m experiments.results outputs/small outputs/sweeps     # and record runs that diverged
 """
 
 import argparse
@@ -65,6 +66,11 @@ def load(source: Path = RUNS) -> dict[Path, Result]:
     return {file: upgrade(_read(file)) for file in sorted(source.rglob("*.json"))}
 
 
+def has_diverged(result: Result) -> bool:
+    """Whether this is the record of a run that diverged, see `experiments.diverged`."""
+    return "diverged" in result
+
+
 def is_debug(result: Result) -> bool:
     """Whether a run was only to see whether its configuration runs at all."""
     return "debug" in (result["experiment"], *result["config"]["tags"])
@@ -97,10 +103,13 @@ def thinned(lines: list[dict[str, Any]], points: int = CURVE_POINTS) -> list[dic
 
 def main() -> None:
     """Copy the results that the command line names."""
+    from experiments.diverged import collect_diverged  # which reads what is here
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folders", nargs="+", type=Path, help="folders with finished runs")
     try:
-        copied = collect(parser.parse_args().folders)
+        folders = parser.parse_args().folders
+        copied = [*collect(folders), *collect_diverged(folders)]
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(*copied or ["no finished run there, but for runs of debug=two_updates"], sep="\n")

@@ -10,7 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from experiments.results import Result
+from experiments.results import Result, has_diverged
 from multimax.registry import look_up
 from multimax.training.command_line import complete_length
 from multimax.training.config import Config, hashed_settings, read_config
@@ -55,12 +55,14 @@ class Run:
         seed: of the run.
         figures: such as "test/top1", by the names that Weights & Biases has too.
         place: where it is recorded.
+        diverged: whether it did, and has no figures.
     """
 
     settings: dict[str, Any]
     seed: int
     figures: dict[str, float]
     place: str
+    diverged: bool = False
 
 
 @dataclass
@@ -80,7 +82,8 @@ class Selection:
 def run_of(result: Result, place: str = "") -> Run:
     """The run that a result records."""
     settings = hashed_settings(read_config(result["config"]))
-    return Run(settings, result["seed"], flat_summary(result), place or result["experiment"])
+    place = place or result["experiment"]
+    return Run(settings, result["seed"], flat_summary(result), place, has_diverged(result))
 
 
 def study_of(name: str, *overrides: str) -> Study:

@@ -17,7 +17,7 @@ class Difference:
 
     Attributes:
         mean: over the seeds that both have.
-        half_width: of its 95 % confidence interval, by Student's t.
+        half_width: of its confidence interval, by Student's t.
         p_value: two-sided, that it is not 0.
         smallest: difference that would have been seen (its interval without 0) in 80 % of such
             comparisons, given the spread that was found.
@@ -38,7 +38,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_difference(
-    values: Mapping[int, float], baseline: Mapping[int, float]
+    values: Mapping[int, float], baseline: Mapping[int, float], confidence: float = CONFIDENCE
 ) -> Difference | None:
     """The difference of `values` to a baseline over common seeds; None with fewer than two."""
     common = sorted(set(values) & set(baseline))
@@ -47,7 +47,7 @@ def paired_difference(
     mean, deviation = mean_and_deviation([values[seed] - baseline[seed] for seed in common])
     error = deviation / math.sqrt(len(common))
     freedom = len(common) - 1
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+    quantile = float(stats.t.ppf((1 + confidence) / 2, freedom))
     t = abs(mean) / error if error else math.inf if mean else 0.0
     p_value = 2 * float(stats.t.sf(t, freedom))
     smallest = (quantile + float(stats.t.ppf(POWER, freedom))) * error

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from experiments.comparison import ALPHA, Cells, cells_of
-from experiments.rendering import FILES, Table, replace_in_readme
+from experiments.rendering import FILES, Table, replace_in_readme, significant
 from experiments.results import load
 from experiments.selection import SCALES, STUDIES, Run, Selection, has_scale, run_of, study_of
 from experiments.statistics import Difference, holm, mean_and_deviation
@@ -42,7 +42,7 @@ class _Builder:
         """Column names, and the texts of each row."""
         study = self.study
         main, *others = study.columns
-        spread = ["sd", "seeds", "n", "difference", "95 % CI"]
+        spread = ["sd", "seeds", "n", self.effect, "95 % CI"]
         logged = self.cells.scale == "paper" and any(c.run_log for c in study.cells.values())
         columns = [*study.row, main, *spread, *others, *((RUN_LOG, "paper") if logged else ())]
         rows = []
@@ -51,8 +51,8 @@ class _Builder:
             row |= self._figures(name)
             compared = self.cells.comparisons.get(name)
             if compared and (difference := compared.difference):
-                row["difference"] = self._signed(difference.mean) + "*" * compared.star
-                row["95 % CI"] = f"±{difference.half_width:.{study.digits}f}"
+                row[self.effect], row["95 % CI"] = self._effect(difference)
+                row[self.effect] += "*" * compared.star
             if logged and cell.run_log:
                 row[RUN_LOG] = f"{cell.run_log:g}"
             rows.append(row)
@@ -61,38 +61,73 @@ class _Builder:
     def _figures(self, cell: str) -> dict[str, str]:
         texts: dict[str, str] = {}
         for index, column in enumerate(self.study.columns):
-            found = list(self.cells.values(cell, column).values())
+            found = list(self.cells.compared(cell, column).values())
             if found:
                 mean, deviation = mean_and_deviation(found)
-                texts[column] = f"{mean:.{self.study.digits}f}"
+                texts[column] = self._number(mean)
                 if not index and len(found) > 1:
-                    texts["sd"] = f"{deviation:.{self.study.digits}f}"
+                    texts["sd"] = self._number(deviation)
         runs = self.cells.selections[cell].runs.values()
         if runs:
-            examples = {int(run.figures[f"{self.cells.split}/examples"]) for run in runs}
+            name = f"{self.cells.split}/examples"
+            examples = {int(run.figures[name]) for run in runs if not run.diverged}
             texts |= {"seeds": str(len(runs)), "n": ", ".join(f"{n:,}" for n in sorted(examples))}
         return texts
 
-    def _signed(self, value: float) -> str:
-        return f"{value:+.{self.study.digits}f}"
+    @property
+    def effect(self) -> str:
+        """What cells are compared by."""
+        return "ratio" if self.study.ratios else "difference"
+
+    def _number(self, value: float) -> str:
+        """A compared figure, which may be a logarithm, as it is read."""
+        if self.study.ratios:
+            return significant(10**value, self.study.digits)
+        return f"{value:.{self.study.digits}f}"
+
+    def _effect(self, found: Difference) -> tuple[str, str]:
+        """A difference or a ratio, and its interval."""
+        mean, half = found.mean, found.half_width
+        if self.study.ratios:
+            interval = f"[{self._number(mean - half)}, {self._number(mean + half)}]"
+            return self._number(mean), interval
+        return f"{mean:+.{self.study.digits}f}", f"±{self._number(half)}"
 
     def remarks(self) -> list[str]:
         """What the columns mean, and what the differences say of each claim."""
         study = self.study
         split, base = self.cells.split, self.cells.label(study.baseline)
+        nothing = 1 if study.ratios else 0
         meaning = (
-            f"n: {study.unit} of split {split!r}; difference: to the row {base}, paired by "
-            "seed, with its 95 % interval over the common seeds; *: the interval excludes 0 after "
-            "Holm's correction for the number of rows."
+            f"n: {study.unit} of split {split!r}; {self.effect}: to the row {base}, paired by "
+            "seed, with its 95 % interval over the common seeds; *: the interval excludes "
+            f"{nothing} after Holm's correction for the number of rows."
         )
+        if study.ratios:
+            meaning += (
+                " Figures are geometric means over seeds, sd is their geometric standard deviation,"
+                " a factor; a ratio is one of geometric means, tested on logarithms."
+            )
         if "S" in study.columns:
             meaning += (
                 " S and M: sparsity and multi-modality (Definitions 1 and 2), means over the "
                 "attention layers and the rows of attention, with the row's mean score as threshold"
                 " and s = 0.1 / n for a row of n entries."
             )
+        if study.smallest is not None:
+            meaning += (
+                f" Claims have intervals at the level {100 * self.cells.level:.4g} % (Bonferroni, "
+                f"for {len(study.claims)} claims); the smallest effect of interest is a "
+                f"{self.effect} of {study.smallest:g}. Confirmed: the interval excludes {nothing} "
+                "on the side of the claim, and the mean is at least that effect. Refuted: the "
+                "whole interval is below it. Underpowered: anything else."
+            )
+        if diverged := self._diverged():
+            meaning += f" Diverged, which counts as {study.diverged:g}: {diverged}."
         differences = [
-            self.cells.difference(claim.cell, claim.than or study.baseline, claim.column)
+            self.cells.difference(
+                claim.cell, claim.than or study.baseline, claim.column, self.cells.level
+            )
             for claim in study.claims
         ]
         corrected = iter(holm([found.p_value for found in differences if found]))
@@ -102,19 +137,50 @@ class _Builder:
         ]
         return [meaning, *verdicts]
 
+    def _diverged(self) -> str:
+        """The cells and seeds of runs that diverged."""
+        seeds = {
+            name: [str(seed) for seed, run in sorted(selection.runs.items()) if run.diverged]
+            for name, selection in self.cells.selections.items()
+        }
+        return "; ".join(
+            f"{self.cells.label(name)} (seed {', '.join(of)})" for name, of in seeds.items() if of
+        )
+
     def _verdict(self, claim: Claim, found: Difference | None, p_value: float) -> str:
         if found is None:
             return f"{claim.text}: not run."
-        as_claimed = (found.mean < 0) == claim.lower
-        verdict = ("confirmed" if as_claimed else "refuted") if p_value < ALPHA else "underpowered"
-        digits = self.study.digits
+        verdict = verdict_of(claim, found, p_value, self.cells.smallest)
+        mean, interval = self._effect(found)
+        sees = self._number(found.smallest)
+        if self.study.ratios:
+            mean, sees = f"ratio {mean}", f"a ratio of {sees}"
+        else:
+            interval = interval.replace("±", "± ")
         text = (
-            f"{claim.text}: **{verdict}** at this scale ({claim.column} "
-            f"{self._signed(found.mean)} ± {found.half_width:.{digits}f}, {found.pairs} pairs"
+            f"{claim.text}: **{verdict}** at this scale ({claim.column} {mean} {interval}, "
+            f"{found.pairs} pairs"
         )
         if verdict == "underpowered":
-            text += f"; such a comparison sees {found.smallest:.{digits}f} in 80 % of cases"
+            text += f"; such a comparison sees {sees} in 80 % of cases"
         return text + ")."
+
+
+def verdict_of(claim: Claim, found: Difference, p_value: float, smallest: float | None) -> str:
+    """What a comparison says of a claim: "confirmed", "refuted" or "underpowered".
+
+    Args:
+        claim: of a study.
+        found: the difference that it is about, with an interval at the level of the study.
+        p_value: of the difference, corrected for the number of claims.
+        smallest: the smallest difference that matters; None is any, by which the p-value decides.
+    """
+    gain = -found.mean if claim.lower else found.mean
+    if smallest is None:
+        return "underpowered" if p_value >= ALPHA else "confirmed" if gain >= 0 else "refuted"
+    if gain - found.half_width > 0 and gain >= smallest:
+        return "confirmed"
+    return "refuted" if gain + found.half_width < smallest else "underpowered"
 
 
 def build(study: Study, scale: str, runs: Iterable[Run], overrides: Sequence[str] = ()) -> Table:

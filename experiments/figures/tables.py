@@ -1,5 +1,6 @@
 """The difference of each cell of a study to its baseline, with its interval and every seed."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,7 +25,9 @@ CAPTION = (
     "common seeds (diamond), its 95 % interval by Student's t (bar), and each seed (dot). A star "
     "is for an interval that excludes 0 after Holm's correction for the number of rows. An arrow "
     "is for the interval of two seeds that goes on beyond the picture. Rows that have no seed in "
-    "common with the baseline are left out."
+    "common with the baseline are left out. Where figures are compared by their ratio, that is "
+    "drawn in the place of the difference, on a logarithmic axis, and 1 is no effect. Within the "
+    "grey band, if there is one, an effect is too small to matter."
 )
 
 
@@ -62,20 +65,26 @@ def forest(cells: Cells) -> Figure:
     """A row for each cell that shares a seed with the baseline."""
     study = cells.study
     rows = {cell: found for cell, found in cells.comparisons.items() if found.by_seed}
-    figure, axes = plt.subplots(figsize=(7, 1.9 + 0.3 * len(rows)), layout="constrained")
+    labels = [" | ".join(study.cells[cell].row) for cell in rows]
+    size = max(7.0, 3.3 + 0.09 * max(map(len, labels))), 1.9 + 0.3 * len(rows)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     axes.set_xlim(*limits(rows.values()))
     axes.axvline(0, color="0.5", linewidth=1)
+    if cells.smallest:
+        axes.axvspan(-cells.smallest, cells.smallest, color="0.93", zorder=0)
+    if study.ratios:
+        _label_ratios(axes)
     for height, comparison in enumerate(rows.values()):
         _draw_row(axes, height, comparison, cells.lower_is_better)
-    axes.set_yticks(range(len(rows)), [" | ".join(study.cells[cell].row) for cell in rows])
+    axes.set_yticks(range(len(rows)), labels)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0, pad=10)
     good = "lower" if cells.lower_is_better else "higher"
     axes.set_xlabel(
-        f"{cells.main_column}, difference to {' | '.join(study.cells[study.baseline].row)} "
-        f"({good} is better)"
+        f"{cells.main_column}, {'ratio' if study.ratios else 'difference'} to "
+        f"{' | '.join(study.cells[study.baseline].row)} ({good} is better)"
     )
     axes.annotate(
         " | ".join(study.row), (0, 1), (-10, 6), "axes fraction", "offset points", ha="right",
@@ -84,6 +93,17 @@ def forest(cells: Cells) -> Figure:
     figure.suptitle(f"{study.title}, {cells.scale} scale", fontsize=10, x=0.01, ha="left")
     _draw_legend(figure)
     return figure
+
+
+def _label_ratios(axes: Axes) -> None:
+    """Ticks of an axis of logarithms: the ratios 1, 2 and 5 times a power of ten, or powers."""
+    low, high = axes.get_xlim()
+    mantissas = (1, 2, 5) if high - low < 2.5 else (1,)
+    powers = range(math.floor(low), math.ceil(high))
+    ratios = [mantissa * 10.0**power for power in powers for mantissa in mantissas]
+    ticks = {math.log10(ratio): f"{ratio:g}" for ratio in ratios}
+    shown = {tick: text for tick, text in ticks.items() if low <= tick <= high}
+    axes.set_xticks(list(shown), list(shown.values()))
 
 
 def limits(rows: Iterable[Comparison]) -> tuple[float, float]:

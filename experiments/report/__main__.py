@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from experiments.report import content, curves
 from experiments.report.pictures import FOLDER, Picture, not_drawn, pictures
-from experiments.results import RUNS, Result, load
+from experiments.results import RUNS, Result, has_diverged, load
 from experiments.selection import SCALES, STUDIES, study_of
 from multimax.files import write_atomically
 from multimax.training.studies import Study
@@ -49,6 +49,7 @@ def page(
     """
     results = {file: result for file, result in results.items() if result["scale"] == scale}
     parts = content.parts_of(results, scale, studies)
+    finished = [result for result in results.values() if not has_diverged(result)]
     drawn = pictures(figures)
     of_parts = {part.cells.name: of_study(part.cells.name, drawn) for part in parts}
     others = content.others_of(results, parts)
@@ -69,12 +70,12 @@ def page(
         not_drawn=not_drawn(drawn),
         others=others,
         other_panels=curves.panels({group.label: group.results for group in others}),
-        runs=len(results),
-        seeds=sorted({result["seed"] for result in results.values()}),
+        runs=len(finished),
+        seeds=sorted({result["seed"] for result in finished}),
         color_of=curves.color_of,
-        hours=content.hours(results.values()),
+        hours=content.hours(finished),
         hours_of=content.hours,
-        provenance=content.provenance([*results.values()]),
+        provenance=content.provenance(finished),
         verdicts=content.VERDICTS,
     )
 

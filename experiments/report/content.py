@@ -12,7 +12,7 @@ from typing import Any
 from experiments.comparison import Cells, cells_of
 from experiments.rendering import Table
 from experiments.report.curves import Panel, panels
-from experiments.results import Result
+from experiments.results import Result, has_diverged
 from experiments.selection import has_scale, run_of
 from experiments.tables import table_of
 from multimax.training.studies import Study
@@ -83,7 +83,7 @@ class Part:
         """How many of those have no result."""
         study = self.cells.study
         return sum(
-            seed not in self.groups[name].results
+            seed not in self.cells.selections[name].runs
             for name, cell in study.cells.items()
             for seed in range(cell.seeds or study.seeds)
         )
@@ -143,7 +143,11 @@ def part_of(cells: Cells, by_place: Mapping[str, Result]) -> Part:
             shlex.join(["python", "train.py", *cells.study.settings(name)])
             + scale_setting(cells.scale),
             cells.configs[name].recorded(),
-            {s: by_place[r.place] for s, r in sorted(cells.selections[name].runs.items())},
+            {
+                seed: by_place[run.place]
+                for seed, run in sorted(cells.selections[name].runs.items())
+                if not run.diverged
+            },
         )
         for name, cell in cells.study.cells.items()
     }
@@ -160,7 +164,7 @@ def others_of(results: Mapping[Path, Result], parts: Iterable[Part]) -> list[Gro
     }
     groups: dict[str, Group] = {}
     for file, result in results.items():
-        if str(file) not in used:
+        if str(file) not in used and not has_diverged(result):
             label = f"{result['experiment']}/{re.sub(r'-seed[0-9]+$', '', file.stem)}"
             config = {key: value for key, value in result["config"].items() if key != "seed"}
             group = groups.setdefault(label, Group(label, "", config))

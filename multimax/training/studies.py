@@ -87,7 +87,7 @@ class Study(Section):
         row: names of the columns that describe a cell.
         columns: further columns by name, each with the figure of a result that it shows, such as
             "test/top1". The first one also has its spread and its difference to the baseline.
-        digits: after the decimal point.
+        digits: after the decimal point; with `ratios`, significant ones.
         unit: what the figures were counted on.
         baseline: the cell that the others are compared with.
         cells: by name.
@@ -95,6 +95,7 @@ class Study(Section):
         ratios: whether figures are compared by their ratio, not by their difference.
         smallest: the smallest difference that matters, or the smallest ratio; a claim is confirmed
             or refuted by it. Null is any.
+        diverged: what every figure of a run counts as that diverged; null leaves such runs out.
         tuning: how the settings of the cells are chosen; null if there is nothing to choose.
     """
 
@@ -111,10 +112,13 @@ class Study(Section):
     claims: Annotated[tuple[Claim, ...], Field(strict=False)] = ()
     ratios: bool = False
     smallest: Positive | None = None
+    diverged: float | None = None
     tuning: Tuning | None = None
 
     @model_validator(mode="after")
     def _check_cells(self) -> "Study":
+        if self.ratios and self.smallest is not None and self.smallest <= 1:
+            raise ValueError(f"smallest={self.smallest:g} must be a ratio above 1, as ratios=true")
         for cell in (self.baseline, *(claim.cell for claim in self.claims)):
             look_up("cell", self.cells, cell)
         for claim in self.claims:

@@ -207,7 +207,9 @@ def test_the_committed_tables_are_those_of_the_committed_runs():
     readme = (ROOT / "README.md").read_text()
     for name in TABLES:
         table = build(study_of(name), "small", runs)
-        assert table.runs
+        if not table.runs:
+            assert not list((ROOT / "results" / "tables").glob(f"{table.name}.*"))
+            continue
         for suffix, form in FILES.items():
             file = ROOT / "results" / "tables" / f"{table.name}{suffix}"
             stale = f"{file} is stale: python -m experiments.tables {name} --readme"
@@ -219,7 +221,8 @@ def test_the_committed_tables_are_those_of_the_committed_runs():
 def test_the_command_names_what_there_is(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["tables", "table9"])
     with pytest.raises(
-        SystemExit, match="unknown table 'table9'; known: ablation, table1, table2, table3, table4"
+        SystemExit,
+        match=r"unknown table 'table9'; known: ablation, .*table1, table2, table3, table4",
     ):
         main()
 
