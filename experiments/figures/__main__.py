@@ -13,7 +13,10 @@ from experiments.figures import (
     normalizers,
     pareto,
     propositions,
+    reachable,
     responses,
+    retrieval_errors,
+    retrieval_training,
     scores,
     simplex,
     tables,
@@ -29,6 +32,9 @@ FIGURES: dict[str, Callable[[Path], list[Path]]] = {
     "responses": responses.draw,
     "propositions": propositions.draw,
     "tables": tables.draw,
+    "retrieval_errors": retrieval_errors.draw,
+    "retrieval_training": retrieval_training.draw,
+    "reachable": reachable.draw,
 }
 FOLDER = Path("results/figures")
 
