@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from retrieval_runs import small_study
 
 from experiments import tuning
 from experiments.selection import STUDIES, config_of, study_of
@@ -32,7 +33,7 @@ def finished(folder, cell, index, seed, mse, **changes):
 
 
 def test_runs_are_found_by_their_settings_and_the_best_mean_is_chosen(tmp_path):
-    study = study_of(STUDY)
+    study = small_study(("linear-softmax", "mlp-softmax"))  # a cell has nine configurations
     assert study.tuning
     cell = "linear-softmax"
     for index, figures in enumerate([(0.5, 0.5), (0.1, 0.7), (0.45, 0.2), (0.01,)]):
