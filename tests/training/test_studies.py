@@ -301,10 +301,10 @@ def test_settings_to_choose_from_are_run(train, tmp_path):
     study = "study=max_retrieval", "cells=softmax", "tuning=true", "seed=1000"
     tiny = "debug=two_updates", "data.valid_size=10", "data.test_size=10", f"output_dir={tmp_path}"
     code, *said = train("-m", *study, *tiny)
-    assert (code, "sweep of 9 jobs: 9 finished\n" in "".join(said)) == (0, True), said
+    assert (code, "sweep of 12 jobs: 12 finished\n" in "".join(said)) == (0, True), said
     found = [json.loads(file.read_text()) for file in tmp_path.glob("small/*/*/result.json")]
     assert len({(r["config"]["attention"]["temperature"], r["config"]["optimizer"]["lr"])
-                for r in found}) == 9  # fmt: skip
+                for r in found}) == 12  # fmt: skip
     assert {tuple(r["config"]["tags"]) for r in found} == {
         ("max_retrieval", "softmax", "tuning", "debug")
     }
