@@ -192,7 +192,7 @@ def test_best_weights_need_a_valid_split(tmp_path, monkeypatch):
     [
         ("data=null", "data=null must be one of: fashion_mnist, fashion_mnist_subset, imagenet"),
         ("experiment=null", "experiment=null must be one of: deit_entmax15, deit_evsoftmax"),
-        ("attention=5", "attention=5 must be one of: entmax, entmax15"),
+        ("attention=5", "attention=5 must be one of: asentmax, entmax"),
         ("output={name: topk, k: 2}", "output cannot be replaced as a whole: choose output=NAME"),
         ("recipe=[0.9,0.99]", "recipe=[0.9,0.99] must be one of: the files in configs/recipe"),
         ("recipe=null", "recipe=null must be one of: the files in configs/recipe"),
