@@ -1,7 +1,7 @@
 """alpha-entmax: sparse distributions between SoftMax (alpha = 1) and sparsemax (alpha = 2)."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -285,12 +285,10 @@ def entmax15(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tenso
     return entmax(scores, 1.5, dim, mask)
 
 
-class EntMax15(EntMax):
-    """1.5-entmax.
+class FixedEntMax(EntMax):
+    """alpha-entmax with the alpha of its class."""
 
-    Args:
-        length_scale, reference_length, heads: as in `Normalizer`.
-    """
+    ALPHA: ClassVar[float]
 
     def __init__(
         self,
@@ -298,4 +296,14 @@ class EntMax15(EntMax):
         reference_length: int = REFERENCE_LENGTH,
         heads: int | None = None,
     ) -> None:
-        super().__init__(1.5, False, heads, length_scale, reference_length)
+        super().__init__(self.ALPHA, False, heads, length_scale, reference_length)
+
+
+class EntMax15(FixedEntMax):
+    """1.5-entmax.
+
+    Args:
+        length_scale, reference_length, heads: as in `Normalizer`.
+    """
+
+    ALPHA = 1.5

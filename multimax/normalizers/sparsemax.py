@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from multimax.normalizers.base import REFERENCE_LENGTH, LengthScale
-from multimax.normalizers.entmax import EntMax, entmax
+from multimax.normalizers.entmax import FixedEntMax, entmax
 
 
 def sparsemax(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
@@ -26,17 +25,11 @@ def sparsemax(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tens
     return entmax(scores, 2.0, dim, mask)
 
 
-class SparseMax(EntMax):
+class SparseMax(FixedEntMax):
     """The Euclidean projection of the scores onto the probability simplex.
 
     Args:
         length_scale, reference_length, heads: as in `EntMax`.
     """
 
-    def __init__(
-        self,
-        length_scale: LengthScale | None = None,
-        reference_length: int = REFERENCE_LENGTH,
-        heads: int | None = None,
-    ) -> None:
-        super().__init__(2.0, False, heads, length_scale, reference_length)
+    ALPHA = 2.0

@@ -14,6 +14,7 @@ from multimax.data.synthetic.base import NOT_COUNTED, Batch
 from multimax.models.registry import LANGUAGE_MODELS
 from multimax.models.transformer import LanguageModel
 from multimax.tasks.base import DataSets
+from multimax.tasks.language_modeling import LanguageModeling
 from multimax.tasks.retrieval import SyntheticTask
 
 
@@ -27,12 +28,7 @@ class Answering(SyntheticTask):
     """
 
     models = LANGUAGE_MODELS
-    model_arguments: ClassVar[tuple[str, ...]] = (
-        "vocabulary_size",
-        "padding_index",
-        "attention",
-        "output",
-    )
+    model_arguments: ClassVar[tuple[str, ...]] = LanguageModeling.model_arguments
     measured = ("accuracy", "exact_match")
     monitor = "valid/accuracy"
     higher_is_better = True

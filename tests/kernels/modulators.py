@@ -12,8 +12,13 @@ NORMALIZERS = {
 
 
 def build(name):
-    """The normalizer with its scalars moved apart, so that no two gradients are alike."""
-    module = NORMALIZERS[name]().double()
+    """The normalizer, see `moved_apart`."""
+    return moved_apart(NORMALIZERS[name]())
+
+
+def moved_apart(module):
+    """A normalizer in float64 with its scalars moved apart, so that no two gradients are alike."""
+    module = module.double()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

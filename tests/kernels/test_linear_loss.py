@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from modulators import moved_apart
 
 from multimax import (
     EntMax,
@@ -49,11 +50,7 @@ def draw(dtype=torch.float64, classes=11):
 
 
 def build(name):
-    module = NORMALIZERS[name]().double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module
+    return moved_apart(NORMALIZERS[name]())
 
 
 def loss_and_gradients(module, features, weight, bias, target, backend="auto", **options):

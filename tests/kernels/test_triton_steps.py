@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from definition import assert_equal, assert_same_bits, attended, qkv, random
+from modulators import moved_apart
 
 from multimax import MultiMax, SoftMax
 from multimax.attention import attention
@@ -34,12 +35,7 @@ NORMALIZERS = {
 
 
 def build(name):
-    """A normalizer in float64, with its scalars moved apart."""
-    module = NORMALIZERS[name]().double()
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module
+    return moved_apart(NORMALIZERS[name]())
 
 
 def inputs(device, batch=1, **sizes):

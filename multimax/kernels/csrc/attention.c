@@ -197,9 +197,9 @@ static void add_up_factor(const Attention *a) {
             }
 }
 
-/* d_key, d_value, d_bias and d_factor must be zero. Few heads are split into shares of their queries, which
-   are added up in a fixed order. So are heads that have the same rows of the bias: they take turns.
- */
+/* d_key, d_value, d_bias and d_factor must be zero. Few heads are split into shares of their
+   queries, which are added up in a fixed order. So are heads that have the same rows of the bias:
+   they take turns. */
 int attention_backward(const Attention *a) {
     Modulator m = modulator(a->coefficients, (int)a->order, (real)a->score_scale);
     int by_query = a->d_bias && !sums_queries(a);

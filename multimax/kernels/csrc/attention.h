@@ -1,7 +1,7 @@
 /* Attention, out = dropout(SoftMax(sigma(query key^T) + bias)) value, forward and backward; the
-   bias may also be inside of sigma, and there may be steps.h around sigma. No matrix of queries x keys is ever held: a tile of some
-   queries is worked off in the cache, and the backward pass computes it again from two numbers per
-   row, its highest y and 1 / sum.
+   bias may also be inside of sigma, and there may be steps.h around sigma. No matrix of queries x
+   keys is ever held: a tile of some queries is worked off in the cache, and the backward pass
+   computes it again from two numbers per row, its highest y and 1 / sum.
 
    This is what both passes share. `general` is known when it is compiled: the code of bias and
    steps would slow down that without them by 2 %.

@@ -46,8 +46,8 @@ static inline real logits_row(const real *x, real *l, real *capped, Row row, Mod
     return row.bias && !row.bias_before ? add_bias_row(row, l) : highest;
 }
 
-/* From dL/dl to dL/dy, in place; returns the gradient of the factor after the modulator. Where there
-   is no gradient, y may be anything. */
+/* From dL/dl to dL/dy, in place; returns the gradient of the factor after the modulator. Where
+   there is no gradient, y may be anything. */
 static inline double pull_back_cap(Row row, const real *capped, real *d) {
     real inverse = row.cap > 0 ? 1 / row.cap : 0;
     double total = 0;
