@@ -286,7 +286,11 @@ def entmax15(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tenso
 
 
 class FixedEntMax(EntMax):
-    """alpha-entmax with the alpha of its class."""
+    """alpha-entmax with the alpha of its class.
+
+    Args:
+        length_scale, reference_length, heads: as in `Normalizer`.
+    """
 
     ALPHA: ClassVar[float]
 

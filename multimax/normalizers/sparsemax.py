@@ -29,7 +29,7 @@ class SparseMax(FixedEntMax):
     """The Euclidean projection of the scores onto the probability simplex.
 
     Args:
-        length_scale, reference_length, heads: as in `EntMax`.
+        length_scale, reference_length, heads: as in `FixedEntMax`.
     """
 
     ALPHA = 2.0
