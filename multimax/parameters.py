@@ -114,10 +114,12 @@ class GradientClipping:
 
     def norms(self) -> list[Tensor]:
         """Norms of the gradients as they are: of the weights, then of the scalars if any."""
-        return [
+        norms: list[Any] = [
             torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
             for group in self.groups
         ]
+        # Of a model that processes share out (FSDP2), each has the norm of its part.
+        return [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
 
     def clip(self, norms: list[Tensor]) -> None:
         """Scale the gradients, of which `norms` are the norms, down to the maximum in place."""

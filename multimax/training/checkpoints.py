@@ -10,6 +10,7 @@ from torch import nn
 
 from multimax.files import load_checkpoint
 from multimax.training.optimization import normalizer_parameters
+from multimax.training.sharding import as_optimizer_state_of, as_state_of, whole
 
 CHECKPOINT_FORMAT = 2
 WEIGHTS = ("format", "fingerprint", "inputs", "position", "model", "ema")
@@ -96,8 +97,8 @@ def weights(
         "fingerprint": fingerprint,
         "inputs": asdict(inputs),
         "position": asdict(position),
-        "model": model.state_dict(),
-        "ema": None if ema is None else ema.state_dict(),
+        "model": whole(model.state_dict()),
+        "ema": None if ema is None else whole(ema.state_dict()),
     }
 
 
@@ -121,9 +122,9 @@ def load_weights(
             "set trainer.ema_decay as it was, or start afresh with resume=never"
         )
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(as_state_of(model, state["model"]))
         if ema is not None:
-            ema.load_state_dict(state["ema"])
+            ema.load_state_dict(as_state_of(ema, state["ema"]))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{path} does not fit the configured model: {error}. Use the configuration that it "
@@ -257,7 +258,7 @@ def restore_optimizer(
         for group in optimizer.param_groups
     ]
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(as_optimizer_state_of(optimizer, state["optimizer"]))
     except (ValueError, KeyError) as error:
         raise ValueError(
             f"the optimizer of {path} does not fit ({error}): set optimizer.filter_bias_and_bn, "

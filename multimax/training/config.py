@@ -36,7 +36,7 @@ from multimax.training.sections import (
 # What changes nothing in the numbers of a run, so that it does not change its folder.
 NOT_IN_HASH = ("output_dir", "resume", "logger", "seed", "name", "group", "tags")
 NOT_IN_HASH_NESTED: dict[str, tuple[str, ...]] = {
-    "trainer": ("log_every", "keep", "dry_run"),
+    "trainer": ("log_every", "keep", "dry_run", "shard"),
     "data": ("root", "num_workers", "cache"),
 }
 # Newer settings, with what was there before them: that is not in the hash, as in older folders.
@@ -193,6 +193,10 @@ def _check_task(task: str, section: str, name: str) -> None:
 def check_processes(config: Config, world_size: int) -> None:
     """Raise ValueError for a batch size that the processes cannot share."""
     trainer = config.trainer
+    if trainer.shard and world_size == 1:
+        raise ValueError("trainer.shard=true needs several processes: start train.py by torchrun")
+    if trainer.shard and trainer.precision == "fp16":
+        raise ValueError("trainer.precision=fp16 cannot go with trainer.shard=true: use bf16 or no")
     per_process = world_size * trainer.accumulation
     if trainer.batch_size % per_process:
         nearest = max(1, round(trainer.batch_size / per_process)) * per_process

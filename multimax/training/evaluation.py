@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -38,7 +39,11 @@ def build_accelerator(config: Config) -> Accelerator:
 
 
 def evaluate(
-    task: Task, averaged: nn.Module | None, accelerator: Accelerator, split: str
+    task: Task,
+    averaged: nn.Module | None,
+    accelerator: Accelerator,
+    split: str,
+    whole: Callable[[nn.Module], AbstractContextManager[nn.Module]] = nullcontext,
 ) -> dict[str, float]:
     """Figures of one split over all processes.
 
@@ -47,13 +52,14 @@ def evaluate(
         averaged: a model with averaged weights, whose figures are called `ema_...`; or None.
         accelerator: of `build_accelerator`.
         split: of the data.
+        whole: makes a model with all of its weights in this process, see `RunState.whole`.
     """
     figures: dict[str, float] = {}
     for prefix, model in {"": task.model, "ema_": averaged}.items():
         if model is not None:
             model.eval()
-            with torch.inference_mode(), accelerator.autocast():
-                found = task.evaluate(model, split, lambda t: cast(Tensor, accelerator.reduce(t)))
+            with whole(model) as plain, torch.inference_mode(), accelerator.autocast():
+                found = task.evaluate(plain, split, lambda t: cast(Tensor, accelerator.reduce(t)))
             figures |= {f"{prefix}{name}": value for name, value in found.items()}
     return figures
 

@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from multimax.tasks.base import Task
+from multimax.training.sharding import local
 
 
 def describe_non_finite(task: Task, group: list[Any], update: int, loss: float) -> str:
     """Say where the numbers broke, from the parameters, the batch and a forward pass with hooks.
+
+    Processes that share a model out look at their own parts, without a pass, which would need all.
 
     Call it in the precision of training, before the gradients are clipped.
     """
@@ -18,7 +22,7 @@ def describe_non_finite(task: Task, group: list[Any], update: int, loss: float) 
         _first("parameter", task.model.named_parameters())
         or _first("buffer", task.model.named_buffers())
         or _first("input", ((str(i), t) for batch in group for i, t in enumerate(_tensors(batch))))
-        or _first_output(task, group)
+        or (not isinstance(task.model, FSDPModule) and _first_output(task, group))
         or (math.isfinite(loss) and _first("gradient of", _gradients(task.model)))
         or "no single tensor: the loss itself overflows"
     )
@@ -42,9 +46,11 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _first(kind: str, named: Any) -> str | None:
     for name, tensor in named:
-        if tensor is not None and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
-            return f"{kind} {name} ({count} of its {tensor.numel()} entries)"
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        finite = torch.isfinite(local(tensor))
+        if not finite.all():
+            return f"{kind} {name} ({int((~finite).sum())} of its {finite.numel()} entries)"
     return None
 
 

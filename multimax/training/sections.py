@@ -66,6 +66,11 @@ class TrainerSection(Section):
     )
     log_every: Count = Field(description="updates between two lines of metrics.jsonl")
     report: Literal["last", "best"] = Field(description="which weights the result is of")
+    shard: bool = Field(
+        False,
+        description="true: FSDP2, each process holds a part of weights, gradients and the state of "
+        "the optimizer, for models that outgrow a GPU",
+    )
     keep: Count | None = Field(
         None,
         description="weights of so many last evaluations stay as update-<update>.pt, for "

@@ -1,11 +1,13 @@
 """What training changes: model, average, optimizer and position of a run, in memory and on disk."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from multimax.files import load_checkpoint, save_checkpoint
 from multimax.parameters import GradientClipping
@@ -24,6 +26,7 @@ from multimax.training.config import Config
 from multimax.training.folder import KEPT, kept
 from multimax.training.optimization import LearningRate, build_optimizer
 from multimax.training.random_state import random_state
+from multimax.training.sharding import WholeModel, shard, whole
 
 
 class RunState:
@@ -78,14 +81,27 @@ class RunState:
         if decay is not None:
             # A state dict has a tied tensor twice: it would be averaged twice, parameters are once.
             self.ema = ModelEmaV3(task.model, decay=decay, exclude_buffers=True)
+        self._whole: WholeModel | None = None
+        if options.shard:
+            self._whole = WholeModel(task.model)
+            for model in (task.model, *([] if self.ema is None else [self.ema.module])):
+                shard(model)
         if options.compile:
             task.model.compile()
         optimizer = build_optimizer(task.model, config.optimizer)
         schedule = config.schedule, length, self.updates_per_unit
         self.learning_rate: LearningRate = LearningRate(optimizer, *schedule)
         self.clip: GradientClipping = GradientClipping(task.model, options.clip_norm)
-        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
+        if options.shard:
+            self.model, self.optimizer = task.model, accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self.saved_random_state: dict[str, Any] | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the weights, see `multimax.training.sharding`."""
+        return self._whole is not None
 
     @property
     def monitored_split(self) -> str:
@@ -102,34 +118,35 @@ class RunState:
         """The weights at the best value of the task's monitored metric."""
         return self.folder / "best.pt"
 
+    def whole(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
+        """A model with all of its weights in this process, of `task.model` or of its average."""
+        return contextlib.nullcontext(model) if self._whole is None else self._whole.of(model)
+
     def save(self) -> None:
         """Write `last.pt`: all that resuming needs, of all processes."""
-        random_states = gather_object([random_state()])
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = self._weights() | {
-                "updates_per_epoch": self.updates_per_epoch,
-                "optimizer_name": self.config.optimizer.name,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "random_states": random_states,
-            }
-            save_checkpoint(self.last_checkpoint, state)
+        scaler = self.accelerator.scaler
+        self._save(
+            self.last_checkpoint,
+            updates_per_epoch=self.updates_per_epoch,
+            optimizer_name=self.config.optimizer.name,
+            optimizer=whole(self.optimizer.state_dict()),
+            scaler=None if scaler is None else scaler.state_dict(),
+            random_states=gather_object([random_state()]),
+        )
         self.accelerator.wait_for_everyone()
 
     def save_best(self) -> None:
         """Write `best.pt`: the weights as they are now."""
-        if self.accelerator.is_main_process:
-            save_checkpoint(self.best_checkpoint, self._weights())
+        self._save(self.best_checkpoint)
 
     def keep(self) -> None:
         """Write `update-<update>.pt`, as `best.pt`, and remove older ones than `trainer.keep`."""
         number = self.config.trainer.keep
-        if number is not None and self.accelerator.is_main_process:
-            name = KEPT.replace("*", str(self.position.update))
-            save_checkpoint(self.folder / name, self._weights())
-            for path in kept(self.folder)[:-number]:
-                path.unlink()
+        if number is not None:
+            self._save(self.folder / KEPT.replace("*", str(self.position.update)))
+            if self.accelerator.is_main_process:
+                for path in kept(self.folder)[:-number]:
+                    path.unlink()
 
     def load_best(self) -> None:
         """Put the weights of `best.pt` into the model."""
@@ -167,9 +184,11 @@ class RunState:
             self.saved_random_state = states[self.accelerator.process_index]
         return own
 
-    def _weights(self) -> dict[str, Any]:
+    def _save(self, path: Path, **state: Any) -> None:
         ema = None if self.ema is None else self.ema.module
-        return weights(self.task.model, ema, self.position, self.task.fingerprint, self.inputs)
+        networks = weights(self.task.model, ema, self.position, self.task.fingerprint, self.inputs)
+        if self.accelerator.is_main_process:
+            save_checkpoint(path, networks | state)
 
     def _load_weights(self, state: dict[str, Any], path: Path) -> None:
         ema = None if self.ema is None else self.ema.module

@@ -12,12 +12,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from multimax.parameters import normalizer_parameters
 from multimax.tasks.base import Task
 from multimax.training.config import Config
 from multimax.training.evaluation import evaluate
 from multimax.training.loggers import Logger, ProgressDisplay
 from multimax.training.non_finite import describe_non_finite
 from multimax.training.random_state import restore_random_state, seed_everything
+from multimax.training.sharding import average_gradients, no_exchange, together
 from multimax.training.signals import StopSignal
 from multimax.training.state import RunState
 
@@ -103,15 +105,17 @@ class Trainer(RunState):
         total = self._sum(torch.tensor(float(sum(weights)), device=self.accelerator.device)).item()
         loss_sum = torch.zeros((), device=self.accelerator.device)
         for index, (batch, weight) in enumerate(zip(group, weights, strict=True)):
-            # DDP exchanges gradients once an update, with the last of its batches.
+            # Processes exchange gradients once an update, with the last of its batches.
             last = index == len(group) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with contextlib.nullcontext() if last else self._no_exchange():
                 with self.accelerator.autocast():
                     loss = self.task.loss(self.model, batch)
                 share = weight / total
-                # DDP averages gradients over processes; `share` already counts all of them.
+                # Gradients are averaged over processes; `share` already counts all of them.
                 self.accelerator.backward(loss * (share * processes))
             loss_sum += loss.detach().float() * share
+        if self.sharded:
+            average_gradients(normalizer_parameters(self.task.model), self.accelerator)
         mean_loss = self._sum(loss_sum).item()
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
@@ -124,16 +128,20 @@ class Trainer(RunState):
                     describe_non_finite(self.task, group, self.position.update, mean_loss)
                 )
         self.clip.clip(norms)
-        self.optimizer.step()
+        with together() if self.sharded else contextlib.nullcontext():
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update(self.task.model)
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update(self.task.model)
         return {
             "train/loss": mean_loss,
             "train/gradient_norm": norms[0].item(),
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
             "train/units": total,
         }
+
+    def _no_exchange(self) -> contextlib.AbstractContextManager[None]:
+        return no_exchange(self.model) if self.sharded else self.accelerator.no_sync(self.model)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes."""
@@ -194,7 +202,7 @@ class Trainer(RunState):
         """Figures of one split; with EMA also those of the averaged weights, as `ema_...`."""
         averaged = None if self.ema is None else self.ema.module
         try:
-            return evaluate(self.task, averaged, self.accelerator, split)
+            return evaluate(self.task, averaged, self.accelerator, split, self.whole)
         except RuntimeError:
             self._stop_in_evaluation()  # another process has gone for the same reason
             raise
@@ -204,11 +212,12 @@ class Trainer(RunState):
         self.task.model.eval()
         # A compiled model would not call the hooks that look at its normalizers.
         with (
+            self.whole(self.task.model) as model,
             torch.inference_mode(),
             self.accelerator.autocast(),
             torch.compiler.set_stance("force_eager"),
         ):
-            return self.task.inspect(self.task.model)
+            return self.task.inspect(model)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Send metrics of the current update to all loggers."""

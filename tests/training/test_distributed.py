@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 from forked import Forked
 from tiny import (
     ROOT,
@@ -39,17 +41,25 @@ OPTIONS = (
 )
 
 
-def launch(folder):
+def launch(folder, *overrides):
     """Both processes, by torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.Popen(
-        [*launcher, "train.py", *tiny_overrides(folder, *OPTIONS)],
+        [*launcher, "train.py", *tiny_overrides(folder, *OPTIONS, *overrides)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-def finish(folder):
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The folder of the run in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    run_quietly(tiny_config(folder, *OPTIONS))
+    return folder
+
+
+def finish(folder, *overrides):
     """Run both processes as srun does, to their end; what the main one said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -63,7 +73,8 @@ def finish(folder):
         for rank in "01":
             place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
             output = folder.with_suffix(f".{rank}")
-            process = Forked(tiny_overrides(folder, *OPTIONS), output, **step, **place)
+            command = tiny_overrides(folder, *OPTIONS, *overrides)
+            process = Forked(command, output, **step, **place)
             processes.append(stack.enter_context(process))
         (code, said), other = (process.finish() for process in processes)
     assert (code, other[0]) == (0, 0), said + other[1]
@@ -103,9 +114,9 @@ def assert_as_one_process(folder, one):
         assert metrics[split]["loss"] == pytest.approx(expected[split]["loss"], rel=2e-4)
 
 
-def interrupt(folder):
+def interrupt(folder, *overrides):
     """Start the run and send a signal to one of its processes; the update that both stop after."""
-    process = launch(folder)
+    process = launch(folder, *overrides)
     wait_for_update(process, folder, 5)
     os.kill(worker(process.pid, rank=1), signal.SIGTERM)
     output, _ = process.communicate(timeout=300)
@@ -118,15 +129,14 @@ def interrupt(folder):
     return stopped
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(one, tmp_path):
     """They give the numbers of one, stop at the same update, and resume exactly."""
-    one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
+    two, parts = tmp_path / "two", tmp_path / "parts"
     output = finish(two)
     assert output.count("run       deit_multimax") == 1
     assert "2 x cpu" in output
     assert len(load_checkpoint(only(two, "last.pt"))["random_states"]) == 2
 
-    run_quietly(tiny_config(one, *OPTIONS))
     assert_as_one_process(two, one)
     names = [
         sorted(path.name for path in only(folder, "result.json").parent.iterdir())
@@ -139,3 +149,31 @@ def test_two_processes(tmp_path):
     assert_same(state(parts), state(two))
     assert history(parts) == history(two)
     assert outcome(parts) == outcome(two)
+
+
+def assert_close(got, expected):
+    """Checkpoints with the same tensors, but for rounding."""
+    assert got.keys() == expected.keys()
+    for name in ("model", "ema"):
+        assert list(got[name]) == list(expected[name])
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-4)
+    for name in ("state", "param_groups"):
+        first, second = got["optimizer"][name], expected["optimizer"][name]
+        torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-4)
+
+
+def test_shards(one, tmp_path):
+    """They give the numbers of one process, stop together, and resume exactly, or go on whole."""
+    two, parts, other = (tmp_path / name for name in ("two", "parts", "other"))
+    finish(two, "+trainer.shard=true")
+    assert_as_one_process(two, one)
+    assert_close(state(two), state(one))
+    assert outcome(two)["parameters"] == outcome(one)["parameters"]
+
+    stopped = interrupt(parts, "+trainer.shard=true")
+    shutil.copytree(parts, other)
+    assert f"at update {stopped}" in finish(parts, "+trainer.shard=true")
+    assert_same(state(parts), state(two))
+    assert outcome(parts) == outcome(two)
+    finish(other)
+    assert_as_one_process(other, one)

@@ -1,0 +1,134 @@
+"""FSDP2: each process holds a part of the weights, their gradients and the optimizer's state.
+
+Layers are gathered one after the other, used, and given back. The scalars of normalizers stay whole
+in every process, since layers may share them and they are few.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.experimental import implicit_replication
+
+from multimax.models.transformer_layers import TransformerLayer
+from multimax.parameters import normalizer_parameters
+
+GATHERED_ALONE = (Block, TransformerLayer)  # all else is gathered for the whole pass
+
+
+def shard(model: nn.Module) -> None:
+    """Leave each process its part of the weights, in place; all must have had the same ones."""
+    scalars = set(normalizer_parameters(model))
+    for module in model.modules():
+        # Keys and values of cross-attention are made outside of its layer.
+        if isinstance(module, GATHERED_ALONE) and getattr(module, "encoder_attn", None) is None:
+            fully_shard(module, ignored_params=scalars)
+    fully_shard(model, ignored_params=scalars)
+
+
+@contextlib.contextmanager
+def no_exchange(model: Any) -> Iterator[None]:
+    """Gradients of a sharded model stay those of each process."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def together() -> contextlib.AbstractContextManager[Any]:
+    """Operations on lists of tensors take sharded ones beside whole ones, which are all alike."""
+    return implicit_replication()
+
+
+def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """The mean over processes of gradients that are not sharded."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        means: Any = accelerator.reduce(flat, "mean")
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, mean in zip(gradients, means.split(sizes), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+class WholeModel:
+    """Makes a plain model of a sharded one, for evaluation, and holds no weights in between.
+
+    Args:
+        model: a model that is still to be sharded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._plain: nn.Module = copy.deepcopy(model)
+        self._release()
+
+    @contextlib.contextmanager
+    def of(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The plain model, in evaluation mode, with the weights and buffers of a sharded one."""
+        for own, other in zip(self._plain.parameters(), model.parameters(), strict=True):
+            own.data = whole(other.detach())
+        for own, other in zip(self._plain.buffers(), model.buffers(), strict=True):
+            own.copy_(other)
+        self._plain.eval()
+        try:
+            yield self._plain
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        for parameter in self._plain.parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+
+def whole(value: Any) -> Any:
+    """The value with whole tensors in the place of sharded ones; all processes must call it."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, Mapping):
+        return {key: whole(content) for key, content in value.items()}
+    return [whole(content) for content in value] if isinstance(value, list) else value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, without a word to the others."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_state_of(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of whole tensors, sharded as the model is."""
+    own = model.state_dict()
+    return {name: _as(own.get(name), tensor) for name, tensor in state.items()}
+
+
+def as_optimizer_state_of(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A state dict of an optimizer with whole tensors, sharded as its parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        **state,
+        "state": {
+            index: {
+                name: _as(parameters[index], value) if isinstance(value, Tensor) else value
+                for name, value in means.items()
+            }
+            for index, means in state["state"].items()
+            if index < len(parameters)
+        },
+    }
+
+
+def _as(reference: Tensor | None, tensor: Tensor) -> Tensor:
+    """The tensor, sharded as another one of its shape; every process has it whole."""
+    if isinstance(reference, DTensor) and reference.shape == tensor.shape:
+        mesh, placements = reference.device_mesh, reference.placements
+        return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    return tensor
