@@ -22,7 +22,9 @@ from rich.progress import (
 from multimax.files import write_atomically
 
 log: logging.Logger = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"  # in the run folder
 PROJECT = "multimax"  # in Weights & Biases
+SECONDS_FOR_WANDB = 60.0  # until its server must have answered
 
 
 class Logger(Protocol):
@@ -44,6 +46,21 @@ class Logger(Protocol):
         """Close without a result: the run failed, or was asked to stop."""
 
 
+def entries_until(path: Path, update: int, evaluated: bool) -> list[dict[str, Any]]:
+    """What a `metrics.jsonl` has that a run which resumes will not log again."""
+    lines = path.read_text().splitlines() if update and path.exists() else []
+    kept = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the line that a kill cut short
+        trained = any(name.startswith("train/") for name in entry)
+        if entry["update"] < update + (evaluated or trained):
+            kept.append(entry)
+    return kept
+
+
 class JsonLinesLogger:
     """`metrics.jsonl` in the run folder, one object a line; always on."""
 
@@ -51,17 +68,8 @@ class JsonLinesLogger:
         self.path = path
 
     def resume(self, update: int, evaluated: bool = True) -> None:
-        lines = self.path.read_text().splitlines() if update and self.path.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the line that a kill cut short
-            trained = any(name.startswith("train/") for name in entry)
-            if entry["update"] < update + (evaluated or trained):
-                kept.append(line + "\n")
-        content = "".join(kept).encode()
+        kept = entries_until(self.path, update, evaluated)
+        content = "".join(json.dumps(entry) + "\n" for entry in kept).encode()
         write_atomically(self.path, lambda stream: stream.write(content))
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
@@ -80,6 +88,9 @@ class JsonLinesLogger:
 class WandbLogger:
     """A mirror of the run in Weights & Biases; any failure there is said once and costs no run.
 
+    Without an answer from its server the mirror is made offline. A mirror that does not go on with
+    one on the server begins with what `metrics.jsonl` has, so that the last one is whole.
+
     Args:
         mode: "auto" is online if the user is logged in and offline otherwise; "online", "offline"
             or "disabled" force it.
@@ -89,25 +100,24 @@ class WandbLogger:
 
     def __init__(self, mode: str, folder: Path, run: dict[str, Any]) -> None:
         self.run = None
+        self.metrics: Path = folder / METRICS
         if mode == "disabled":
             return
         try:
             import wandb
 
-            self.run = wandb.init(
-                project=PROJECT,
-                dir=folder,
-                mode=wandb_mode(mode, wandb),
-                resume="allow",
-                settings=wandb.Settings(init_timeout=60, silent=True, console="off"),
-                **run,
-            )
+            options = {"project": PROJECT, "dir": folder, "resume": "allow", **run}
+            self.run = _begin(wandb, wandb_mode(mode, wandb), options)
             self.run.define_metric("*", step_metric="update")
         except Exception as error:  # a broken mirror must not stop the run
             self._give_up(error)
 
     def resume(self, update: int, evaluated: bool = True) -> None:
-        pass  # W&B keys its history by the `update` metric, which simply comes again
+        # W&B keys its history by the `update` metric: what the server has simply comes again.
+        if self.run is not None and not self.run.resumed:
+            for entry in entries_until(self.metrics, update, evaluated):
+                known = {name: value for name, value in entry.items() if value is not None}
+                self.log(known.pop("update"), known)
 
     def log(self, update: int, metrics: dict[str, float]) -> None:
         if self.run is not None:
@@ -142,6 +152,27 @@ class WandbLogger:
             type(error).__name__,
             str(error).splitlines()[0] if str(error) else "no message",
         )
+
+
+def _begin(wandb: Any, mode: str, options: dict[str, Any]) -> Any:
+    """A run of W&B, offline where its server does not answer."""
+    settings = wandb.Settings(
+        init_timeout=SECONDS_FOR_WANDB,
+        finish_timeout=5 * SECONDS_FOR_WANDB,
+        silent=True,
+        console="off",
+    )
+    try:
+        return wandb.init(mode=mode, settings=settings, **options)
+    except wandb.errors.CommError as error:
+        if mode == "offline":
+            raise
+        log.warning(
+            "Weights & Biases does not answer (%s): this run is mirrored offline",
+            str(error).splitlines()[0],
+        )
+        wandb.teardown()  # or the identifier of the run is taken
+        return wandb.init(mode="offline", settings=settings, **options)
 
 
 def wandb_mode(mode: str, wandb: Any) -> Literal["online", "offline"]:

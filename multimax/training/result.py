@@ -135,10 +135,10 @@ def print_result(console: Console, result: dict[str, Any], folder: Path) -> None
     for name in ("result.json", "metrics.jsonl", "best.pt", "last.pt"):
         if (folder / name).exists():
             console.print(f"  {folder / name}", highlight=False, soft_wrap=True, markup=False)
-    if not_uploaded := offline_runs(folder):
+    if not_uploaded := offline_run(folder):
         console.print(
             "Weights & Biases has it offline only; to upload it, log in and type\n"
-            f"  wandb sync {shlex.join(map(str, not_uploaded))}",
+            f"  wandb sync {shlex.quote(str(not_uploaded))}",
             highlight=False,
             soft_wrap=True,
             markup=False,
@@ -164,10 +164,13 @@ def print_metrics(console: Console, title: str, metrics: Mapping[str, Mapping[st
     console.print(table)
 
 
-def offline_runs(folder: Path) -> list[Path]:
-    """Folders of what Weights & Biases wrote offline below a run folder and has not uploaded."""
-    runs = sorted((folder / "wandb").glob("offline-run-*"))
-    return [run for run in runs if not list(run.glob("*.synced"))]
+def offline_run(folder: Path) -> Path | None:
+    """The last folder that Weights & Biases wrote offline below a run folder, if not uploaded.
+
+    It has what earlier ones have too.
+    """
+    *_, last = (None, *sorted((folder / "wandb").glob("offline-run-*")))
+    return None if last is None or list(last.glob("*.synced")) else last
 
 
 def _print_normalizers(console: Console, normalizers: dict[str, dict[str, float]]) -> None:

@@ -26,7 +26,13 @@ from multimax.training.config import (
 from multimax.training.dry_run import dry_run
 from multimax.training.evaluation import build_accelerator, evaluate_splits
 from multimax.training.folder import left_only_if_used, save_config, set_aside, wandb_id
-from multimax.training.loggers import JsonLinesLogger, Logger, ProgressDisplay, WandbLogger
+from multimax.training.loggers import (
+    METRICS,
+    JsonLinesLogger,
+    Logger,
+    ProgressDisplay,
+    WandbLogger,
+)
 from multimax.training.random_state import seed_everything
 from multimax.training.result import (
     SCHEMA,
@@ -221,7 +227,7 @@ def _loggers(config: Config, folder: Path) -> list[Logger]:
         "config": config.recorded(),
     }
     return [
-        JsonLinesLogger(folder / "metrics.jsonl"),
+        JsonLinesLogger(folder / METRICS),
         WandbLogger(config.logger.wandb, folder, run),
     ]
 

@@ -2,16 +2,18 @@ import io
 import json
 import logging
 import re
+import socket
 import sys
 import time
 import types
 
 import pytest
+from offline_wandb import records
 from rich.console import Console
-from tiny import Regression, build_trainer, only, run_quietly, tiny_config
+from tiny import Regression, build_trainer, interrupted, only, run_quietly, tiny_config
 
 from multimax.training.loggers import JsonLinesLogger, ProgressDisplay, WandbLogger
-from multimax.training.result import offline_runs
+from multimax.training.result import offline_run
 from multimax.training.run import run
 
 
@@ -43,7 +45,10 @@ def fake_wandb(monkeypatch, broken):
         return run
 
     module = types.SimpleNamespace(
-        init=init, Settings=lambda **_: None, login=lambda **_: broken == "nothing"
+        init=init,
+        Settings=lambda **_: None,
+        login=lambda **_: broken == "nothing",
+        errors=types.SimpleNamespace(CommError=ConnectionError),
     )
     monkeypatch.setitem(sys.modules, "wandb", module)
     return run
@@ -136,25 +141,70 @@ def test_a_run_that_fails_is_closed(tmp_path, monkeypatch):
     assert [name for name, *_ in fake.calls] == ["define_metric", "finish"]
 
 
-@pytest.mark.slow
-def test_real_wandb_offline(tmp_path, monkeypatch, caplog):
+@pytest.fixture
+def wandb_folders(tmp_path, monkeypatch):
+    """What W&B writes beside the run folder goes to a folder of the test."""
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
+
+
+def logged(record):
+    """The metrics in a file of W&B, once its process has written the last figure."""
+    deadline = time.monotonic() + 60
+    while b"test/top1" not in record.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    histories = [r.history for r in records(record) if r.WhichOneof("record_type") == "history"]
+    entries = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in h.item}
+        for h in histories
+    ]
+    return [{k: v for k, v in entry.items() if not k.startswith("_")} for entry in entries]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_is_whole_in_its_last_mirror(wandb_folders, tmp_path, monkeypatch):
+    interrupted(tiny_config(tmp_path, "logger.wandb=offline"), monkeypatch, 3)
+    first = offline_run(only(tmp_path, "last.pt").parent)
+    time.sleep(1.1)  # W&B names its folders by the second
+    run_quietly(tiny_config(tmp_path, "logger.wandb=offline"))
+    folder = only(tmp_path, "result.json").parent
+    last = offline_run(folder)
+    assert last != first
+    (record,) = last.glob("run-*.wandb")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert [entry["update"] for entry in lines] == [1, 2, 2, 3, 4, 4]
+    assert logged(record) == lines
+
+
+@pytest.mark.slow
+def test_without_an_answer_the_mirror_is_offline(wandb_folders, tmp_path, monkeypatch, caplog):
+    silent = socket.create_server(("127.0.0.1", 0))  # takes connections, and says nothing
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    monkeypatch.setattr("multimax.training.loggers.SECONDS_FOR_WANDB", 2.0)
+    with silent:
+        run_quietly(tiny_config(tmp_path, "logger.wandb=online", "trainer.updates=2"))
+    folder = only(tmp_path, "result.json").parent
+    (record,) = offline_run(folder).glob("run-*.wandb")
+    assert [entry["update"] for entry in logged(record)] == [1, 2, 2]
+    (said,) = [r.getMessage() for r in caplog.records if r.name.startswith("multimax")]
+    assert "does not answer" in said
+    assert "this run is mirrored offline" in said
+
+
+@pytest.mark.slow
+def test_real_wandb_offline(wandb_folders, tmp_path, caplog):
     said = io.StringIO()
     run(tiny_config(tmp_path, "logger.wandb=offline", "trainer.updates=2"), Console(file=said))
     folder = only(tmp_path, "result.json").parent
     (record,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     assert (folder / "wandb_id").read_text() in record.name
-    deadline = time.monotonic() + 60  # W&B writes from a process of its own
-    while b"test/top1" not in record.read_bytes() and time.monotonic() < deadline:
-        time.sleep(0.2)
+    assert logged(record)
     assert f"to upload it, log in and type\n  wandb sync {record.parent}\n" in said.getvalue()
-    assert offline_runs(folder) == [record.parent]
+    assert offline_run(folder) == record.parent
     record.with_suffix(".wandb.synced").touch()
-    assert offline_runs(folder) == []
-    assert b"train/loss" in record.read_bytes()
-    assert b"test/top1" in record.read_bytes()
+    assert offline_run(folder) is None
     assert not [r for r in caplog.records if r.name.startswith("multimax")]
 
 
