@@ -68,7 +68,7 @@ def _figure(cells: Cells, reached: Mapping[str, Mapping[str, float]]) -> Figure:
             _draw_errors(points, cells, names, keys, column)
         points.axvline(1, color="0.8", linewidth=1)
         points.set(xscale="log", xlabel="squared error")
-        points.xaxis.set_major_locator(LogLocator(numticks=8))
+        points.xaxis.set_major_locator(LogLocator(numticks=5))
         for axes in (bars, points):
             axes.grid(axis="x", alpha=0.3)
             axes.tick_params(axis="y", length=0)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 README = re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+NUMBER = re.compile(r"(?<![\w.])\d+\.\d+(?:e-\d+)?")
 WORDS = {"deit": "in DeiT", "lm": "in the language model", "mt": "in translation"}
 
 
@@ -25,3 +26,14 @@ def test_shares_of_rows_better_in_both():
     shares = [float(cell.split()[0]) for cells in trained for cell in cells]
     assert len(shares) == 12
     assert f"improve both for {min(shares):.0f} to {max(shares):.0f} % of the rows" in README
+
+
+def test_what_is_said_of_retrieval_is_in_its_tables():
+    page = (ROOT / "docs" / "which-normalizer.md").read_text().partition("## Retrieval")[2]
+    names = ("retrieval", "retrieval_seeds", "max_retrieval")
+    files = [ROOT / "results" / "tables" / f"{name}_small.md" for name in names]
+    files.append(ROOT / "results" / "tables" / "reachable.md")
+    known = set(NUMBER.findall("\n".join(file.read_text() for file in files)))
+    assert set(NUMBER.findall(page)) <= known
+    for claim, verdict in re.findall(r"^- (.*?): \*\*(\w+)\*\*", files[0].read_text(), re.MULTILINE):
+        assert f"| {claim} | **{verdict}** | " in page
