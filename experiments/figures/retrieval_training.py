@@ -20,12 +20,12 @@ from experiments.figures.saving import save
 from experiments.modulators import modulators
 from experiments.report.curves import LOSS, points
 from experiments.results import RUNS, Result, load
-from experiments.retrieval import STUCK, Seeds, seeds_of
+from experiments.retrieval import Seeds, seeds_of
 from multimax import modulate
 
 CAPTION = (
     "Every run of the study of retrieval is a thin line; those that got stuck (more than "
-    f"{STUCK:g} times the error of the best seed of their cell) are orange. In the figures of "
+    "ten times the error of the best seed of their cell) are orange. In the figures of "
     "curves: the squared error of the batch of an update. In the figure of modulators: what became "
     "of a score x before SoftMax and, where there is one, before the length scale; the dashed "
     "diagonal is SoftMax. Where the scores of a run lay is not recorded."

@@ -35,5 +35,7 @@ def test_what_is_said_of_retrieval_is_in_its_tables():
     files.append(ROOT / "results" / "tables" / "reachable.md")
     known = set(NUMBER.findall("\n".join(file.read_text() for file in files)))
     assert set(NUMBER.findall(page)) <= known
-    for claim, verdict in re.findall(r"^- (.*?): \*\*(\w+)\*\*", files[0].read_text(), re.MULTILINE):
+    verdicts = re.compile(r"^- (.*?): \*\*(\w+)\*\*", re.MULTILINE).findall(files[0].read_text())
+    assert len(verdicts) == 12
+    for claim, verdict in verdicts:
         assert f"| {claim} | **{verdict}** | " in page

@@ -13,6 +13,7 @@ from test_tables import result
 
 from experiments.comparison import cells_of
 from experiments.figures import tables as figure_of_tables
+from experiments.figures.__main__ import FIGURES
 from experiments.report import content, curves, pictures
 from experiments.report.__main__ import main, page
 from experiments.selection import run_of, study_of
@@ -249,6 +250,12 @@ def test_a_figure_has_the_caption_and_the_command_of_its_module(tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read"):
         pictures.pictures(tmp_path)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_a_caption(name):
+    caption, _ = pictures.described(name)
+    assert len(caption.split()) > 5
 
 
 @pytest.mark.slow
