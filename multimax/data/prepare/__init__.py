@@ -9,6 +9,15 @@ from typing import Any
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors that name no file
 
 
+def check_size(archive: Path, name: str, size: int, largest: int) -> None:
+    """Raise ValueError for a file in an archive that is too large to be the right one, unread."""
+    if size > largest:
+        raise ValueError(
+            f"{name} in {archive} would be {size:,} bytes, more than the {largest:,} that it can "
+            "have: this is not the official archive"
+        )
+
+
 def run_command_line(prepare: Callable[..., Any], description: str, archive: str) -> None:
     """Prepare a data set as the command line says, or exit with what is wrong.
 

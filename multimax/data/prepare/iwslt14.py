@@ -28,7 +28,7 @@ from sacremoses import MosesTokenizer
 from subword_nmt.learn_bpe import learn_bpe
 
 from multimax.data.loading import SPLITS
-from multimax.data.prepare import run_command_line
+from multimax.data.prepare import check_size, run_command_line
 from multimax.data.vocabulary import WordVocabulary, read_codes
 
 LANGUAGES = ("de", "en")
@@ -36,6 +36,7 @@ TESTS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst20
 MERGES = 10_000
 MAX_WORDS, MAX_RATIO, MAX_CHARACTERS = 175, 1.5, 1000  # the last of a word: Moses' own limit
 VALID_EVERY = 23
+LARGEST = 2 * 10**8  # bytes of a file in the archive; the largest one has a tenth of that
 
 
 def prepare(archive: Path, folder: Path, report: Callable[[str], None] = print) -> None:
@@ -196,6 +197,9 @@ def _members(archive: Path, names: list[str]) -> Iterator[Callable[[str], Iterat
                 raise ValueError(
                     f"{archive} has no {', '.join(missing)}: give de-en.tgz of the 2014-01 release"
                 )
+
+            for name in names:
+                check_size(archive, name, found[name].size, LARGEST)
 
             def lines(name: str) -> Iterator[str]:
                 content = cast(IO[bytes], opened.extractfile(found[name]))

@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from multimax.data.loading import SPLITS
-from multimax.data.prepare import run_command_line
+from multimax.data.prepare import check_size, run_command_line
 from multimax.data.text.wikitext103 import FACTS, FORMAT, VOCABULARY
 from multimax.data.vocabulary import WordVocabulary
 from multimax.files import write_atomically, write_json
@@ -33,6 +33,7 @@ class Sizes(NamedTuple):
     vocabulary: int
 
 
+LARGEST = 10**9  # bytes of a file in the archive; the largest one has half of that
 OFFICIAL = Sizes(train=103_227_021, valid=217_646, test=245_569, vocabulary=267_744)
 
 
@@ -124,6 +125,7 @@ def _lines(archive: Path, split: str) -> Iterator[Iterator[str]]:
         with zipfile.ZipFile(archive) as opened:
             if member not in opened.namelist():
                 raise ValueError(f"{archive} has no {member}{_hint(archive)}")
+            check_size(archive, member, opened.getinfo(member).file_size, LARGEST)
             with opened.open(member) as raw, io.TextIOWrapper(raw, encoding="utf-8") as lines:
                 yield lines
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:

@@ -301,6 +301,10 @@ class TestBadArchives:
         path.write_bytes(bytes(whole))
         self.attempt(tmp_path, archive=path, message="is truncated or damaged")
 
+    def test_a_file_that_unpacks_to_too_much(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("multimax.data.prepare.iwslt14.LARGEST", 10)
+        self.attempt(tmp_path, members(), message=r"de-en\.tgz would be .* more than the 10 that")
+
     def test_a_file_of_it_is_missing(self, tmp_path):
         content = members()
         del content["de-en/IWSLT14.TEDX.dev2012.de-en.en.xml"]

@@ -152,6 +152,20 @@ def test_damaged_archive(archive, tmp_path):
         prepare(archive, tmp_path / "prepared", EXPECTED)
 
 
+def test_a_file_that_unpacks_to_too_much_is_not_read(archive, tmp_path):
+    with (
+        zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as bomb,
+        bomb.open("wikitext-103/wiki.train.tokens", "w") as stream,
+    ):
+        for _ in range(1001):
+            stream.write(bytes(10**6))
+    assert archive.stat().st_size < 2 * 10**6
+    message = r"wiki\.train\.tokens in .* would be 1,001,000,000 bytes, more than"
+    with pytest.raises(ValueError, match=message):
+        prepare(archive, tmp_path / "prepared", EXPECTED)
+    assert not (tmp_path / "prepared").exists()
+
+
 def test_text_that_is_not_utf8(tmp_path):
     archive = write_archive(tmp_path / "a.zip", TEXTS | {"test": b" caf\xe9 \n"})
     with pytest.raises(ValueError, match=r"wiki\.test\.tokens in .*a\.zip is not UTF-8"):
