@@ -6,6 +6,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 # Forked, as a new process imports for seconds; torch refuses that once a GPU has worked.
 needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, beside a GPU")
@@ -32,6 +33,7 @@ def in_two_processes(function, seconds=60):
 
 def _work(function, pipe, rank, port):
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    AcceleratorState._reset_state(reset_partial_state=True)  # of what the tests before have made
     os.environ |= place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     pipe.send(function())
     torch.distributed.destroy_process_group()

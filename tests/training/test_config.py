@@ -89,7 +89,7 @@ def changed(config, field, value):
 
 # What may differ between two runs that give the same numbers (the seed has its own place).
 SAME_NUMBERS = {
-    "group", "trainer.keep", "trainer.dry_run",
+    "group", "trainer.keep", "trainer.dry_run", "trainer.shard",
     "name", "seed", "tags", "output_dir", "resume", "logger.wandb", "trainer.log_every",
     "data.root", "data.num_workers", "data.cache",
 }  # fmt: skip

@@ -31,8 +31,8 @@ class FakeWandb:
     def init(self, id, **_):
         # As W&B does: a run that is open takes in the next one.
         self.open_run = self.open_run or SimpleNamespace(
-            id=id, summary={}, define_metric=lambda *_, **__: None, finish=self._finish,
-            log=lambda _: self.told.append(["log", id]),
+            id=id, summary={}, resumed=False, define_metric=lambda *_, **__: None,
+            finish=self._finish, log=lambda _: self.told.append(["log", id]),
         )  # fmt: skip
         self.told.append(["init", id, self.open_run.id])
         return self.open_run
