@@ -131,7 +131,8 @@ class RunState:
             optimizer_name=self.config.optimizer.name,
             optimizer=whole(self.optimizer.state_dict()),
             scaler=None if scaler is None else scaler.state_dict(),
-            random_states=gather_object([random_state()]),
+            # Of a resumed run that has not trained yet, the generators are still elsewhere.
+            random_states=gather_object([self.saved_random_state or random_state()]),
         )
         self.accelerator.wait_for_everyone()
 
@@ -179,6 +180,8 @@ class RunState:
             position.best, position.best_update = None, 0
             position.due |= position.update == self.total_updates
         self.position = position
+        if position.update:  # the rate that the last update had, which is saved again
+            self.learning_rate.set(position.update - 1)
         states = state["random_states"]
         if position.epoch_update and len(states) == self.accelerator.num_processes:
             self.saved_random_state = states[self.accelerator.process_index]
