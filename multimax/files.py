@@ -132,16 +132,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder below `output_dir`; OSError says what to change where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = f"{error.strerror}, {folder} cannot be written: choose another output_dir="
+        raise OSError(error.errno, reason) from error
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder; the lock goes with the process, however it ends.
 
     Raises:
         ValueError: another process is writing there.
+        OSError: nothing can be written there.
     """
     import fcntl  # not on Windows, where the library still is to be imported
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with (folder / ".lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from multimax.files import make_folder
 from multimax.training.config import Config, read_config, run_folder
 from multimax.training.run import run
 from multimax.training.trainer import InterruptedRunError
@@ -100,13 +101,23 @@ def _has_result(config: Config) -> bool:
 
 
 def _write(record: Path, job: Job) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    with record.open("a") as stream:
-        stream.write(json.dumps(asdict(job)) + "\n")
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with record.open("a") as stream:
+            stream.write(json.dumps(asdict(job)) + "\n")
+    except OSError as error:  # which ends no other job
+        print(f"error: {record} cannot be written ({error.strerror})", file=sys.stderr)
 
 
 class SweepSummary(Callback):
     """Hydra's callback that prints the summary; the program then fails if a job did."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """SystemExit where nothing can be written, before anything is run."""
+        try:
+            make_folder(Path(config.hydra.sweep.dir))
+        except OSError as error:
+            raise SystemExit(f"error: {error}") from error
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the summary; SystemExit with code 1 if a job failed."""
@@ -116,8 +127,9 @@ class SweepSummary(Callback):
 
 def print_summary(record: Path) -> int:
     """Print what became of each job that is recorded; returns how many failed."""
-    lines = record.read_text().splitlines() if record.exists() else []
-    jobs = [Job(**json.loads(line)) for line in lines]
+    lines = record.read_text().splitlines(keepends=True) if record.exists() else []
+    # A full disk cuts a line short.
+    jobs = [Job(**json.loads(line)) for line in lines if line.endswith("\n")]
     print(*summary(jobs), sep="\n")
     return sum(job.state == "failed" for job in jobs)
 

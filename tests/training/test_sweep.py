@@ -2,16 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from forked import Forked
 from tiny import PLAIN, only, run_quietly
 
-from multimax.training.sweep import Job, summary
+from multimax.training.sweep import Job, _write, print_summary, summary
 
 SOFTMAX = ["experiment=deit_softmax", *PLAIN, "trainer.updates=2"]
 
@@ -113,6 +115,28 @@ def test_a_signal_ends_the_sweep_with_its_summary(tmp_path):
     assert "goes on from there" in said
     assert "sweep of 1 jobs: 1 interrupted\n" in said
     assert only(tmp_path, "last.pt").parent.name.endswith("-seed0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", [[], ["-m"], ["-m", "study=table2", "cells=softmax"]])
+def test_a_folder_that_cannot_be_written_is_named(train, sweep):
+    message, out, error = train(*sweep, "output_dir=/proc/none", "logger.wandb=disabled")
+    assert re.match(r"error: .* /proc/none\S* cannot be written: choose another output_", message)
+    assert "Traceback" not in out + error
+
+
+def test_a_record_on_a_full_disk_ends_nothing(tmp_path, capsys, monkeypatch):
+    record = tmp_path / "jobs.jsonl"
+    job = Job(["seed=1"], "finished", "test top1 80", "a")
+    _write(record, job)
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(OSError(28, "No space")))
+    _write(record, job)
+    monkeypatch.undo()
+    assert "jobs.jsonl cannot be written (No space)" in capsys.readouterr().err
+    with record.open("a") as stream:
+        stream.write('{"settings": [')
+    assert print_summary(record) == 0
+    assert "sweep of 1 jobs: 1 finished" in capsys.readouterr().out
 
 
 def test_summary_shows_what_differs():
