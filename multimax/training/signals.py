@@ -4,6 +4,7 @@ Beside SIGTERM and Ctrl-C these are what a cluster sends before a time limit (SI
 closed terminal sends (SIGHUP).
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -25,7 +26,8 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         # A launcher that is killed cannot tell its processes any more.
-        if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        of_joblib = multiprocessing.current_process().name.startswith("Loky")
+        if sys.platform == "linux" and (of_joblib or "TORCHELASTIC_RUN_ID" in os.environ):
             signal_at_death_of_parent(signal.SIGTERM)
         self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self

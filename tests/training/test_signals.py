@@ -2,11 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from forked import Forked
-from tiny import outcome, run_quietly, tiny_config, tiny_overrides
+from tiny import ROOT, outcome, run_quietly, tiny_config, tiny_overrides
 
 from multimax.training.signals import StopSignal
 from multimax.training.trainer import InterruptedRunError, Trainer
@@ -39,6 +41,37 @@ def test_only_a_second_ctrl_c_does_not_wait():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+KILLED = """
+import os, signal, sys, time
+from joblib import Parallel, delayed
+
+def job(folder):
+    from multimax.training.signals import StopSignal
+    with StopSignal() as stop:
+        open(f"{folder}/{os.getpid()}", "w").close()
+        while not stop.requested:
+            time.sleep(0.01)
+    os.rename(f"{folder}/{os.getpid()}", f"{folder}/{os.getpid()}.stopped")
+
+Parallel(n_jobs=2, backend="loky")(delayed(job)(sys.argv[1]) for _ in range(2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process of its parent")
+def test_jobs_of_a_sweep_stop_with_a_launcher_that_is_killed(tmp_path):
+    launcher = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 5
+    while len(list(tmp_path.glob("*.stopped"))) < 2:
+        assert time.monotonic() < deadline, list(tmp_path.iterdir())
+        time.sleep(0.05)
 
 
 def test_accumulation_is_that_of_the_configuration(tmp_path, monkeypatch):
