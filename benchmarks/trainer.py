@@ -80,9 +80,8 @@ class Ours:
 
 def measure(experiment: str, updates: int, rounds: int) -> Row:
     """Medians of one update, and of the ratio of the rounds."""
-    settings = (f"experiment={experiment}", "logger.wandb=disabled")
-    config = config_of(*settings, "trainer.epochs=null", "trainer.updates=1000000")
-    config.trainer.evaluate_every = 1_000_000
+    length = ("trainer.epochs=null", "trainer.updates=1000000", "trainer.evaluate_every=1000000")
+    config = config_of(f"experiment={experiment}", "logger.wandb=disabled", *length)
     seconds: dict[str, list[float]] = {"bare": [], "trainer": []}
     with tempfile.TemporaryDirectory() as folder:
         loops = {"bare": Bare(config), "trainer": Ours(config, Path(folder))}
