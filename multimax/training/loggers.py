@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -20,10 +21,12 @@ from rich.progress import (
 )
 
 from multimax.files import write_atomically
+from multimax.training.neighbours import Neighbours, advice
 
 log: logging.Logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"  # in the run folder
 PROJECT = "multimax"  # in Weights & Biases
+SECONDS_FOR_NEIGHBOURS = 5.0  # of training, after which their use of the cores is known
 SECONDS_FOR_WANDB = 60.0  # until its server must have answered
 
 
@@ -213,6 +216,7 @@ class ProgressDisplay:
         self.started: float = time.monotonic()
         self.printed: float = self.started
         self.first_update: int = 0
+        self.neighbours: Neighbours | None = None
 
     def __enter__(self) -> "ProgressDisplay":
         self.bar.__enter__()
@@ -226,12 +230,17 @@ class ProgressDisplay:
         self.first_update, self.total = update, total
         self.printed = self.started = time.monotonic()
         self.bar.reset(self.row, total=total, completed=update, state="")
+        self.neighbours = Neighbours()
 
     def show(self, update: int, epoch: int, loss: float, learning_rate: float, rate: float) -> None:
         """Show the state after an update; `rate` in units per second."""
         state = f"loss {loss:.4f}  {rate:,.0f} {self.unit}/s"
         self.bar.update(self.row, completed=update, description=f"epoch {epoch + 1}", state=state)
         now = time.monotonic()
+        if self.neighbours and now - self.started > SECONDS_FOR_NEIGHBOURS:
+            if said := advice(torch.get_num_threads(), self.neighbours.cores()):
+                self.print(said)
+            self.neighbours = None
         if not self.console.is_terminal and (now - self.printed > self.every):
             self.printed = now
             per_update = (now - self.started) / max(update - self.first_update, 1)
