@@ -13,15 +13,15 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from benchmarks.report import Row, context, print_table, write_csv
-from experiments.selection import config_of
 from multimax.tasks import build_task
+from multimax.training.config import Config, read_config
 from multimax.training.evaluation import build_accelerator
 from multimax.training.loggers import METRICS, JsonLinesLogger, ProgressDisplay
 from multimax.training.optimization import build_optimizer
@@ -40,10 +40,17 @@ COLUMNS = {
 }
 
 
+def config_of(*overrides: str) -> Config:
+    """The configuration of a command line of `train.py`."""
+    configs = str(Path(__file__).parents[1] / "configs")
+    with initialize_config_dir(configs, version_base="1.3"):
+        return read_config(compose("config", overrides=list(overrides)))
+
+
 class Bare:
     """A loop that does nothing but train."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Config) -> None:
         self.task = build_task(config, 0, 1, torch.device("cpu"))
         self.optimizer = build_optimizer(self.task.model, config.optimizer)
         self.clip_norm = config.trainer.clip_norm
@@ -64,7 +71,7 @@ class Bare:
 class Ours:
     """The trainer with its files and its display, without evaluations and checkpoints."""
 
-    def __init__(self, config: Any, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path) -> None:
         task = build_task(config, 0, 1, torch.device("cpu"))
         display = ProgressDisplay(Console(file=(folder / "shown").open("w")), task.unit)
         loggers = [JsonLinesLogger(folder / METRICS)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks import trainer
-from experiments.selection import config_of
+from benchmarks.trainer import config_of
 
 pytestmark = pytest.mark.slow
 SMALL = (
