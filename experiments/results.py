@@ -38,6 +38,7 @@ def collect(folders: list[Path], target: Path = RUNS) -> list[Path]:
     for file, result in read_finished(folders):
         if "tuning" in result["config"]["tags"]:
             continue
+        result["config"]["output_dir"] = "outputs"  # where it was is nothing of the run
         curve = file.parent / "metrics.jsonl"
         if curve.exists():
             lines = [json.loads(line) for line in curve.read_text().splitlines()]
