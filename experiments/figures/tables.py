@@ -101,7 +101,7 @@ def _label_ratios(axes: Axes) -> None:
     mantissas = (1, 2, 5) if high - low < 2.5 else (1,)
     powers = range(math.floor(low), math.ceil(high))
     ratios = [mantissa * 10.0**power for power in powers for mantissa in mantissas]
-    # From 1e-4 on as a power, which is shorter.
+    # Far from 1 as a power of ten, which is shorter.
     texts = [f"{r:g}" if 1e-3 <= r <= 1e3 else f"$10^{{{math.log10(r):.0f}}}$" for r in ratios]
     ticks = {math.log10(ratio): text for ratio, text in zip(ratios, texts, strict=True)}
     shown = {tick: text for tick, text in ticks.items() if low <= tick <= high}

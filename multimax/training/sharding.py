@@ -15,7 +15,6 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.experimental import implicit_replication
 
 from multimax.models.transformer_layers import TransformerLayer
 from multimax.parameters import normalizer_parameters
@@ -41,11 +40,6 @@ def no_exchange(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_requires_gradient_sync(True)
-
-
-def together() -> contextlib.AbstractContextManager[Any]:
-    """Operations on lists of tensors take sharded ones beside whole ones, which are all alike."""
-    return implicit_replication()
 
 
 def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:

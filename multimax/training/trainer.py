@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor.experimental import implicit_replication
 
 from multimax.parameters import normalizer_parameters
 from multimax.tasks.base import Task
@@ -19,7 +20,7 @@ from multimax.training.evaluation import evaluate
 from multimax.training.loggers import Logger, ProgressDisplay
 from multimax.training.non_finite import describe_non_finite
 from multimax.training.random_state import restore_random_state, seed_everything
-from multimax.training.sharding import average_gradients, no_exchange, together
+from multimax.training.sharding import average_gradients, no_exchange
 from multimax.training.signals import StopSignal
 from multimax.training.state import RunState
 
@@ -128,7 +129,8 @@ class Trainer(RunState):
                     describe_non_finite(self.task, group, self.position.update, mean_loss)
                 )
         self.clip.clip(norms)
-        with together() if self.sharded else contextlib.nullcontext():
+        # Lists of parameters have whole ones, the scalars, beside sharded ones.
+        with implicit_replication() if self.sharded else contextlib.nullcontext():
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update(self.task.model)
