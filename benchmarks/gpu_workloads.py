@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import deit_step
+from benchmarks.attention import HEAD_DIM, HEADS, STEPS
 from benchmarks.formulations import official_attention, official_modulation
 from benchmarks.timing import Workload
 from multimax.attention import attention
@@ -16,7 +17,6 @@ from multimax.kernels.backend import use_backend
 from multimax.losses import linear_output_loss, output_loss
 from multimax.normalizers import Normalizer, build_normalizer
 
-HEADS, HEAD_DIM = 6, 64  # of DeiT-small
 FEATURES = 512
 COMPILED = "MultiMax, official, compiled"
 FIXED = "FlexAttention, MultiMax of constants"  # it gives no gradients of more than one scalar
@@ -25,6 +25,7 @@ ATTENTION = (
     "FlexAttention, SoftMax",
     "SoftMax",
     "MultiMax",
+    "MultiMax + log n, cap, sink",
     FIXED,
     "MultiMax, eager",
     "MultiMax, official",
@@ -40,7 +41,9 @@ def attention_workload(name: str, tokens: int, batch: int, causal: bool, device:
     shape = (batch, HEADS, tokens, HEAD_DIM)
     inputs = [torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3)]
     upstream = torch.randn(shape, device=device, dtype=torch.bfloat16)
-    normalizer = build_normalizer("multimax" if "MultiMax" in name else "softmax").to(device)
+    options = STEPS[name.partition(" + ")[2]]
+    kind = "multimax" if "MultiMax" in name else "softmax"
+    normalizer = build_normalizer(kind, **options).to(device)
     leaves = [*(t.requires_grad_() for t in inputs), *normalizer.parameters()]
     function = _attention(name, normalizer, causal, tokens, device)
 

@@ -13,7 +13,7 @@ head. The gradient of a bias has a kernel of its own in `multimax.kernels.triton
 import triton
 import triton.language as tl
 
-from multimax.kernels.triton_logits import add_row_sums, backward_tile, times, zero_row_sums
+from multimax.kernels.triton_logits import add_row_sums, backward_tile, zero_row_sums
 from multimax.kernels.triton_modulation import (
     centred,
     fold,
@@ -61,12 +61,15 @@ def backward_query_tile(
         factor_first, softcap,
     )  # fmt: skip
     if learned or of_factor:
-        options: tl.constexpr = (order, learned, shifted, of_factor)
-        sums = add_row_sums(sums, gradient, derivatives, c, *options)
-        means = add_row_sums(means, probabilities, derivatives, c, *options)
+        sums = add_row_sums(
+            sums, gradient, derivatives, c, order, learned, shifted, of_factor
+        )  # fmt: skip
+        means = add_row_sums(
+            means, probabilities, derivatives, c, order, learned, shifted, of_factor
+        )
         residual += fold(gradient)
     by_modulated, slope, _, _ = derivatives
-    by_x = times(gradient, by_modulated) * slope
+    by_x = gradient * by_modulated * slope
     dq += tl.dot(by_x.to(k.dtype), k, input_precision=precision)
     return dq, sums, means, residual
 
@@ -136,7 +139,9 @@ def attention_backward_query(
     tl.store(delta + place, d, mask=rows < queries)
 
     i, j = tl.arange(0, block_queries)[:, None], tl.arange(0, block_keys)[None, :]
-    factor = factor_of_rows(row_factor, batch, head, first, i, queries)
+    factor = None
+    if row_factor is not None:
+        factor = factor_of_rows(row_factor, batch, head, first, i, queries)
     learned: tl.constexpr = coefficient_gradient is not None
     # Else the logits of a row grow alike with the shift.
     shifted: tl.constexpr = softcap is not None or logsumexp_gradient is not None
@@ -222,14 +227,16 @@ def backward_key_value_tile(
     kept = 1.0
     if dropout is not None:
         kept = dropout_factor(seed, dropout, row, start + i, first + j, queries, keys, dtype)
-    factor = factor_of_rows(row_factor, batch, head, start, i, queries)
+    factor = None
+    if row_factor is not None:
+        factor = factor_of_rows(row_factor, batch, head, start, i, queries)
     probabilities, gradient, derivatives = backward_tile(
         scores, added, tile_mask, lse[None, :], d[None, :], gradient, kept, factor, c, order,
         factor_first, softcap,
     )  # fmt: skip
     dv += tl.dot((probabilities * kept).to(do.dtype), do, input_precision=precision)
     by_modulated, slope, _, _ = derivatives
-    by_x = times(gradient, by_modulated) * slope
+    by_x = gradient * by_modulated * slope
     if factor_first:
         by_x *= factor
     dk += tl.dot(by_x.to(q.dtype), q, input_precision=precision)

@@ -10,7 +10,7 @@ A program adds up what one block of the bias is broadcast over, without atomic a
 import triton
 import triton.language as tl
 
-from multimax.kernels.triton_logits import backward_tile, times
+from multimax.kernels.triton_logits import backward_tile
 from multimax.kernels.triton_modulation import load_coefficients
 from multimax.kernels.triton_tiles import (
     dropout_factor,
@@ -99,7 +99,9 @@ def attention_backward_bias(
                 rows = start + tl.arange(0, block_queries)
                 lse = tl.load(logsumexp + row * queries + rows, mask=rows < queries, other=0.0)
                 d = tl.load(delta + row * queries + rows, mask=rows < queries, other=0.0)
-                factor = factor_of_rows(row_factor, sample, head_of, start, i, queries)
+                factor = None
+                if row_factor is not None:
+                    factor = factor_of_rows(row_factor, sample, head_of, start, i, queries)
                 for at in range(first_key, end_key, block_keys):
                     k = load_tile(k_of_head, at, keys, block_keys, dim, width)
                     v = load_tile(v_of_head, at, keys, block_keys, dim, width)
@@ -120,7 +122,7 @@ def attention_backward_bias(
                     )  # fmt: skip
                     if bias_before:
                         by_modulated, slope, _, _ = derivatives
-                        gradient = times(gradient, by_modulated) * (c[0] * slope)
+                        gradient = gradient * by_modulated * (c[0] * slope)
                         if factor_first:
                             gradient *= factor
                     total += gradient

@@ -107,7 +107,9 @@ def attention_forward(
     score_scale = tl.load(coefficients + 2 + 4 * order)
     q = load_tile(of_head(query, batch, head), first, queries, block_queries, dim, width)
     i, j = tl.arange(0, block_queries)[:, None], tl.arange(0, block_keys)[None, :]
-    factor = factor_of_rows(row_factor, batch, head, first, i, queries)
+    factor = None
+    if row_factor is not None:
+        factor = factor_of_rows(row_factor, batch, head, first, i, queries)
 
     state = (
         tl.full((block_queries,), float("-inf"), dtype),

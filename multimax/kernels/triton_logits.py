@@ -36,24 +36,15 @@ def tanh(x):
 
 
 @triton.jit
-def times(tile, factor):
-    """A product, in which None is 1."""
-    if factor is None:
-        return tile
-    else:
-        return tile * factor
-
-
-@triton.jit
 def logits_of(
     scores, factor, c, order: tl.constexpr, factor_first: tl.constexpr, softcap: tl.constexpr
 ):
     """Logits and, for the way back, (d logit / d y, d y' / d x, x, d logit / d factor).
 
     y' is sigma, before the cap. What is hidden has the logit -inf, x = 0 and derivatives that are
-    finite. The first is None where it is 1, the last where there is no factor.
+    finite. Without a cap and a factor after it, the first is the number 1; without any, the last 0.
     """
-    by_modulated, by_factor = None, None
+    by_modulated, by_factor = 1.0, 0.0
     if factor is None and softcap is None:
         logits, slope, scores = modulate(scores, c, order)
     else:
@@ -70,10 +61,10 @@ def logits_of(
             logits = softcap * ratio
             by_modulated = 1.0 - ratio * ratio
         if factor_first:
-            by_factor = times(c[0] * slope * first, by_modulated)
+            by_factor = c[0] * slope * first * by_modulated
         elif factor is not None:
             by_factor = tl.where(hidden, 0.0, logits)
-            by_modulated = times(factor, by_modulated)
+            by_modulated = factor * by_modulated
             logits = factor * logits
         logits = tl.where(hidden, float("-inf"), logits)
     return logits, (by_modulated, slope, scores, by_factor)
@@ -134,7 +125,7 @@ def add_row_sums(
     by_modulated, slope, scores, by_factor = derivatives
     new_sums = sums
     if learned:
-        inner = times(gradient, by_modulated)
+        inner = gradient * by_modulated
         new_sums = add_to_sums(sums, inner, scores, slope, c, order)
         if shifted:
             new_sums += (sums[4 * order + 1] + fold(inner),)

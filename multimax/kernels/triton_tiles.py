@@ -145,16 +145,13 @@ def shown_of_tile(
 
 @triton.jit
 def factor_of_rows(factor, batch, head, first, query, queries):
-    """The factor of each row, of the shape of `query`, 1 where none exists; None if there is none.
+    """The factor of each row, of the shape of `query`, and 1 beyond the last row.
 
     `factor` is a tensor (B, H, queries, 1) in the dtype of the scores.
     """
-    if factor is None:
-        return None
-    else:
-        start, query_stride, _ = of_head(factor, batch, head)
-        pointers = start + tl.cast(first + query, tl.int64) * query_stride
-        return tl.load(pointers, mask=first + query < queries, other=1.0)
+    start, query_stride, _ = of_head(factor, batch, head)
+    pointers = start + tl.cast(first + query, tl.int64) * query_stride
+    return tl.load(pointers, mask=first + query < queries, other=1.0)
 
 
 @triton.jit

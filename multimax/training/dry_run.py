@@ -41,13 +41,8 @@ def dry_run(config: Config, accelerator: Accelerator, console: Console) -> dict[
     Raises:
         ValueError: the data set does not say how large it is; or as `multimax.training.run.run`.
     """
-    seed_everything(config.seed, 0, accelerator.process_index)
-    place = accelerator.process_index, accelerator.num_processes, accelerator.device
-    kind = TASKS[config.task.name]
-    source = kind.make_data(config, accelerator.num_processes)
-    task = build_task(config, *place, (source, kind.build_model(config, source)))
-    trainer = Trainer(task, config, NOWHERE, accelerator, [], None)
-    seconds, units = [], 0.0
+    trainer = made_trainer(config, accelerator)
+    task, seconds, units = trainer.task, [], 0.0
     for update in range(MADE_UPDATES):
         group = list(islice(task.train_loader.batches(update), trainer.accumulation))
         metrics, elapsed = _timed(accelerator, lambda group=group: trainer._update(group))
@@ -75,6 +70,16 @@ def dry_run(config: Config, accelerator: Accelerator, console: Console) -> dict[
         print_rows(console, rows)
     accelerator.wait_for_everyone()
     return report
+
+
+def made_trainer(config: Config, accelerator: Accelerator) -> Trainer:
+    """The trainer of a run with made data, which reads and writes nothing; else as `dry_run`."""
+    seed_everything(config.seed, 0, accelerator.process_index)
+    place = accelerator.process_index, accelerator.num_processes, accelerator.device
+    kind = TASKS[config.task.name]
+    source = kind.make_data(config, accelerator.num_processes)
+    task = build_task(config, *place, (source, kind.build_model(config, source)))
+    return Trainer(task, config, NOWHERE, accelerator, [], None)
 
 
 def _timed(accelerator: Accelerator, work: Any) -> tuple[Any, float]:

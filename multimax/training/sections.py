@@ -89,6 +89,10 @@ class OptimizerSection(Section):
         None, description="of the running means of Adam"
     )
     momentum: Rate | None = Field(None, description="of SGD and its like")
+    fused: bool | None = Field(
+        None,
+        description="one kernel for a whole step of adamw, adam or sgd; null: as torch chooses",
+    )
     filter_bias_and_bn: bool = Field(
         True, description="false: weight decay on parameters of one dimension too"
     )

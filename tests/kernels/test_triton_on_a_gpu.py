@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from modulators import build
+from modulators import build, moved_apart
 
 from multimax import MultiMax, SoftMax
 from multimax.attention import attention
@@ -84,6 +84,35 @@ def test_multimax_of_real_sizes(dtype, name, causal):
     assert max(errors(found[:4], expected[:4])) < tolerance
     # Those of the ranges and of the shift are what is left of 16 million terms of both signs.
     assert max(errors(found[4:], expected[4:])) < {torch.float32: 5e-4}.get(dtype, 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32])
+@pytest.mark.parametrize("kind", [SoftMax, MultiMax])
+@pytest.mark.parametrize("length_scale", ["scores", "modulated"])
+def test_length_scale_cap_and_sink_of_real_sizes(dtype, kind, length_scale):
+    torch.manual_seed(0)
+    inputs = draw(8, 6, 577, 64, dtype=dtype)
+    upstream = torch.randn_like(inputs[0])
+    normalizer = moved_apart(
+        kind(length_scale=length_scale, softcap=20.0, sink=0.3, heads=6, reference_length=100)
+    )
+    module = copy.deepcopy(normalizer).float().cuda()
+    twin = normalizer.cuda()
+    found = results(
+        lambda *qkv: attention(*qkv, module, causal=True, backend="triton"),
+        inputs,
+        upstream,
+        list(module.parameters()),
+    )
+    expected = results(
+        lambda *qkv: attention(*qkv, twin, causal=True, backend="eager"),
+        [t.double() for t in inputs],
+        upstream,
+        list(twin.parameters()),
+    )
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype]
+    assert max(errors(found[:4], expected[:4])) < tolerance
+    assert max(errors(found[4:], expected[4:])) < {torch.float32: 5e-4}.get(dtype, 5e-3)
 
 
 def test_gradients_are_the_same_bits_in_every_run_of_a_large_batch():
