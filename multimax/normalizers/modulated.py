@@ -83,7 +83,7 @@ class ModulatedSoftMax(LogitNormalizer):
 
     @property
     def has_steps(self) -> bool:
-        # Not by `super()`, whose properties are always true to torch.compile.
+        # Not by `super()`, whose properties torch.compile takes for true, or does not take.
         return not (self.length_scale is None and self.softcap is None and self.sink is None)
 
     @property

@@ -174,7 +174,7 @@ class MultiMax(ModulatedSoftMax):
 
     @property
     def fusible(self) -> bool:
-        return super().fusible and self.order <= c_rows.MOST_ORDER
+        return self.order <= c_rows.MOST_ORDER
 
     def coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.affine:

@@ -103,7 +103,7 @@ class SoftMax(ModulatedSoftMax):
 
     @property
     def fusible(self) -> bool:  # repeated, since what overrides `modulate` must say it
-        return super().fusible
+        return True
 
     def coefficients(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         if self.fixed_temperature is None:
