@@ -10,6 +10,7 @@ import os
 import sys
 
 import hydra
+import torch.distributed as dist
 from hydra import initialize
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -81,3 +82,5 @@ if __name__ == "__main__":
     check_command_line(sys.argv[1:])
     sys.argv[1:] = complete_length(sys.argv[1:])
     main()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()  # NCCL warns of a process that does not

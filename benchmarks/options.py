@@ -32,7 +32,7 @@ SETTINGS = {
     "fused": ("+optimizer.fused=true",),
     "compile": ("trainer.compile=true",),
     "softmax": ("attention=softmax", "output=softmax"),
-    "channels_last": (),
+    "channels_last": ("+trainer.channels_last=true",),
 }
 COLUMNS = {
     "options": "options",
@@ -57,10 +57,7 @@ def settings_of(options: str) -> list[str]:
 def build(settings: Sequence[str], options: str) -> Trainer:
     """A trainer with made data."""
     config = config_of(*settings, *settings_of(options), "logger.wandb=disabled")
-    trainer = made_trainer(config, build_accelerator(config))
-    if "channels_last" in options:
-        trainer.model.to(memory_format=torch.channels_last)
-    return trainer
+    return made_trainer(config, build_accelerator(config))
 
 
 def measure(settings: Sequence[str], options: str, updates: int) -> Row:
@@ -70,12 +67,14 @@ def measure(settings: Sequence[str], options: str, updates: int) -> Row:
         seconds, units = _update(build(settings, options), updates)
     except Exception as error:  # too little memory, or what a compiler does not take
         row["failed"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        print(f"{row['options']}: {row['failed']}", flush=True)
         return row
     low, middle, high = np.quantile(seconds[3:], [0.2, 0.5, 0.8])
     row |= {"rate": units / middle, "update_ms": 1000 * middle, "update_p20_ms": 1000 * low}
     row |= {"update_p80_ms": 1000 * high, "first_s": seconds[0], "updates": updates}
     if torch.cuda.is_available():
         row["cuda_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    print(f"{row['options']}: {row['update_ms']:.4g} ms, {row['rate']:,.0f} units/s", flush=True)
     return row
 
 
@@ -117,7 +116,6 @@ def main(command: Sequence[str] | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         write_csv(path, rows, {**context(device), "settings": " ".join(arguments.settings)})
     print_table(f"Updates of {settings[0]}", rows, COLUMNS)
-    print(*(f"{row['options']}: {row['failed']}\n" for row in rows if row["failed"]), sep="")
     print(path)
 
 

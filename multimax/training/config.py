@@ -45,6 +45,7 @@ NEWER: dict[str, dict[str, Any]] = {
     "attention": {"shared": False, "before_scale": False} | _OF_NORMALIZER,
     "output": _OF_NORMALIZER,
     "model": {"positions": "sinusoidal"},
+    "trainer": {"channels_last": False},
 }
 NOT_SET = ("score_scale",)  # of a normalizer: attention sets it, see `build_for_attention`
 

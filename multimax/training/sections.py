@@ -71,11 +71,24 @@ class TrainerSection(Section):
         description="true: FSDP2, each process holds a part of weights, gradients and the state of "
         "the optimizer, for models that outgrow a GPU",
     )
+    channels_last: bool = Field(
+        False,
+        description="true: weights of convolutions in the order that tensor cores read",
+    )
     keep: Count | None = Field(
         None,
         description="weights of so many last evaluations stay as update-<update>.pt, for "
         "multimax.training.average; null: none",
     )
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> "TrainerSection":
+        if self.channels_last and self.shard:
+            raise ValueError(
+                "trainer.shard=true takes weights in their own order only: "
+                "leave trainer.channels_last=false"
+            )
+        return self
 
 
 class OptimizerSection(Section):

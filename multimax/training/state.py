@@ -2,8 +2,9 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
@@ -76,6 +77,8 @@ class RunState:
         self.position: Position = Position()
 
         task.model.to(accelerator.device)
+        if options.channels_last:
+            cast(Any, task.model).to(memory_format=torch.channels_last)
         decay = options.ema_decay
         self.ema: ModelEmaV3 | None = None
         if decay is not None:

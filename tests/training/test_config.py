@@ -168,6 +168,12 @@ def test_what_does_not_exist_or_go_together(field, value, said):
     assert str(caught.value).startswith(said)
 
 
+def test_shards_have_one_layout(compose_tiny):
+    settings = "+trainer.shard=true", "+trainer.channels_last=true"
+    with pytest.raises(ValueError, match=r"shard=true takes .* leave trainer\.channels_last=false"):
+        read_config(compose_tiny(*settings))
+
+
 def test_groups_of_another_task():
     config = composed("experiment=lm_softmax", "recipe=translation/small")
     with pytest.raises(ValueError, match="goes with task=translation, not with task=language"):
@@ -317,9 +323,11 @@ def test_newer_settings_leave_older_folders_alone(compose_tiny):
         assert config_hash(read_config(result["config"])) == result["config_hash"]
         assert result["config_hash"] in file.name
     before = config_hash(read_config(compose_tiny()))
-    for setting in ("attention.shared", "attention.before_scale", "+optimizer.decay_scalars"):
+    changes = "attention.shared", "attention.before_scale", "+optimizer.decay_scalars"
+    for setting in (*changes, "+trainer.channels_last", "+optimizer.fused"):
         assert config_hash(read_config(compose_tiny(f"{setting}=true"))) != before
-    for setting in ("attention.shared=false", "+optimizer.decay_scalars=null"):
+    nulls = "+optimizer.decay_scalars=null", "+optimizer.fused=null"
+    for setting in ("attention.shared=false", *nulls, "+trainer.channels_last=false"):
         assert config_hash(read_config(compose_tiny(setting))) == before
 
 

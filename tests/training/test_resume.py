@@ -60,6 +60,12 @@ CASES = {
         "+optimizer.decay_scalars=true",
         "trainer.ema_decay=0.9",
     ),
+    "layout": (
+        "+trainer.channels_last=true",
+        "+optimizer.fused=true",
+        "trainer.ema_decay=0.9",
+        "trainer.precision=bf16",
+    ),
     "updates": ("trainer.epochs=null", "trainer.updates=11", "trainer.evaluate_every=3"),
 }
 
