@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 FAIRSEQ_VENV ?= .venv-fairseq
+OLD_TRITON ?= .triton-3.5.1
 FAIRSEQ_RUN := $(FAIRSEQ_VENV)/bin/python
 PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-fairseq test-sanitized coverage lint types docs benchmark wheels clean
+.PHONY: help setup demo test test-fast test-fairseq test-triton test-sanitized coverage lint types docs benchmark wheels clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s%s\n", $$1, $$2}'
@@ -38,6 +39,14 @@ test-fast: setup ## the tests that are not slow, in about a minute
 
 test-fairseq: $(FAIRSEQ_VENV)/complete ## the fairseq plug-in with fairseq itself (Python 3.11 or 3.12)
 	OMP_NUM_THREADS=1 $(FAIRSEQ_RUN) -m pytest -n 2 --dist loadfile tests/fairseq
+
+test-triton: $(OLD_TRITON)/complete ## the Triton kernels compile with the oldest Triton that is supported
+	PYTHONPATH=$(OLD_TRITON):. TRITON_CACHE_DIR=$(OLD_TRITON)/cache $(RUN) tests/kernels/compile_kernels.py
+
+$(OLD_TRITON)/complete: $(VENV)/complete
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade \
+		--target $(OLD_TRITON) $(OLD_TRITON:.triton-%=triton==%)
+	touch $@
 
 # fairseq on top of all that .venv has, and of this folder.
 $(FAIRSEQ_VENV)/complete: $(VENV)/complete requirements/fairseq.txt

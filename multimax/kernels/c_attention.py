@@ -101,11 +101,11 @@ class _Attention(torch.autograd.Function):
             grads = differentiable_gradients(outputs, inputs, given)
         else:
             learned, of_bias, of_factor = ctx.needs_input_grad[3:6]
-            *grads, d_bias, d_factor = operators.attention_backward(
+            *others, d_bias, d_factor = operators.attention_backward(
                 *inputs, mask, seed, *ctx.options, out, statistics, grad, grad_logsumexp,
                 learned, of_bias, of_factor,
             )  # fmt: skip
-            grads += [d_bias if of_bias else None, d_factor if of_factor else None]
+            grads = *others, d_bias if of_bias else None, d_factor if of_factor else None
         return *grads, *[None] * 9
 
 

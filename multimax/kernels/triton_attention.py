@@ -1,9 +1,7 @@
 """Attention over modulated scores in Triton, without a (queries, keys) matrix in memory.
 
-Compared with the eager function in Triton's interpreter and, before the last change, on an H200,
-where it was timed (`benchmarks.gpu`); compiled for GPUs of capability 8.0, 10.0 and 12.0, but
-not run on them. With a factor, a cap or a logsumexp it has been interpreted, and compiled for
-capability 8.0, 9.0, 10.0 and 12.0, but never run on a GPU; without them the programs are the same.
+Compared with the eager function in Triton's interpreter and on an H200, where it was timed
+(`benchmarks.gpu`); compiled for GPUs of capability 8.0, 10.0 and 12.0, but not run on them.
 """
 
 import math

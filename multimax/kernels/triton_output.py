@@ -1,8 +1,7 @@
 """Cross-entropy of modulated logits in Triton, whose gradient takes the place of the scores.
 
-Compared with the eager function in Triton's interpreter and, before the last change, on an H200,
-where it was timed (`benchmarks.gpu`); compiled for GPUs of capability 8.0, 10.0 and 12.0, but
-not run on them.
+Compared with the eager function in Triton's interpreter and on an H200, where it was timed
+(`benchmarks.gpu`); compiled for GPUs of capability 8.0, 10.0 and 12.0, but not run on them.
 """
 
 import torch
