@@ -1,16 +1,23 @@
 """Files that are either whole or absent, digests, and a lock that keeps a folder to one process."""
 
 import argparse
+import errno
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
+
+log: logging.Logger = logging.getLogger(__name__)
 
 RESUME = "Free some space and run the same command again: it goes on where it stopped"
 OTHER_CHECKPOINT = "give another one, or start afresh with resume=never"
+# What NFS without a lock service, and Lustre mounted without flock, say of every lock.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_HELD = (errno.EAGAIN, errno.EACCES)  # the latter by some servers
 
 
 def write_atomically(
@@ -145,19 +152,33 @@ def make_folder(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder; the lock goes with the process, however it ends.
 
+    Where the file system takes no locks, a warning says so and nothing is held.
+
     Raises:
         ValueError: another process is writing there.
         OSError: nothing can be written there.
     """
-    import fcntl  # not on Windows, where the library still is to be imported
-
     make_folder(folder)
     with (folder / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        _lock(stream, folder)
+        yield
+
+
+def _lock(stream: TextIO, folder: Path) -> None:
+    import fcntl  # not on Windows, where the library still is to be imported
+
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            log.warning(
+                f"{folder} is on a file system without locks ({error.strerror}): see to it that "
+                "no second process runs this configuration and seed"
+            )
+        elif error.errno in _HELD:
             raise ValueError(
                 f"another process is running this very configuration and seed in {folder}: "
                 "wait for it, or change `seed` or `output_dir`"
             ) from None
-        yield
+        else:
+            raise

@@ -1,6 +1,7 @@
 import errno
 import multiprocessing
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -142,3 +143,24 @@ def test_lock_excludes_a_second_process_and_goes_with_the_first(tmp_path):
     first.join()
     with locked(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog, number):
+    flock = Mock(side_effect=OSError(number, "No locks available"))
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path / "run"):
+        assert "on a file system without locks (No locks available): see to it" in caplog.text
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
+def test_a_lock_held_elsewhere(tmp_path, monkeypatch, number):
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(number, "held")))
+    with pytest.raises(ValueError, match="another process"):
+        locked(tmp_path / "run").__enter__()
+
+
+def test_another_error_of_a_lock_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.EIO, "bad disk")))
+    with pytest.raises(OSError, match="bad disk"):
+        locked(tmp_path / "run").__enter__()
