@@ -1,10 +1,12 @@
 """Where a run reports to: its own JSON lines, the terminal, and Weights & Biases."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -110,7 +112,8 @@ class WandbLogger:
             import wandb
 
             options = {"project": PROJECT, "dir": folder, "resume": "allow", **run}
-            self.run = _begin(wandb, wandb_mode(mode, wandb), options)
+            with _without_cluster_token():
+                self.run = _begin(wandb, wandb_mode(mode, wandb), options)
             self.run.define_metric("*", step_metric="update")
         except Exception as error:  # a broken mirror must not stop the run
             self._give_up(error)
@@ -176,6 +179,17 @@ def _begin(wandb: Any, mode: str, options: dict[str, Any]) -> Any:
         )
         wandb.teardown()  # or the identifier of the run is taken
         return wandb.init(mode="offline", settings=settings, **options)
+
+
+@contextlib.contextmanager
+def _without_cluster_token() -> Iterator[None]:
+    """W&B records all variables of SLURM, among them the token that speaks for the user."""
+    token = os.environ.pop("SLURM_JWT", None)
+    try:
+        yield
+    finally:
+        if token is not None:
+            os.environ["SLURM_JWT"] = token
 
 
 def wandb_mode(mode: str, wandb: Any) -> Literal["online", "offline"]:
