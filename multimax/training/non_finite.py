@@ -14,15 +14,17 @@ from multimax.training.sharding import local
 def describe_non_finite(task: Task, group: list[Any], update: int, loss: float) -> str:
     """Say where the numbers broke, from the parameters, the batch and a forward pass with hooks.
 
-    Processes that share a model out look at their own parts, without a pass, which would need all.
+    Processes that share a model out look at their own parts of it. All of them must call this.
 
     Call it in the precision of training, before the gradients are clipped.
     """
+    sharded = isinstance(task.model, FSDPModule)
+    output = _first_output(task, group) if sharded else None  # a pass needs all processes
     culprit = (
         _first("parameter", task.model.named_parameters())
         or _first("buffer", task.model.named_buffers())
         or _first("input", ((str(i), t) for batch in group for i, t in enumerate(_tensors(batch))))
-        or (not isinstance(task.model, FSDPModule) and _first_output(task, group))
+        or (output if sharded else _first_output(task, group))
         or (math.isfinite(loss) and _first("gradient of", _gradients(task.model)))
         or "no single tensor: the loss itself overflows"
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import tiny_config
+from tiny import run_quietly, tiny_config
 from torch.distributed.fsdp import FSDPModule
 from two_processes import in_two_processes, needs_fork
 
@@ -117,3 +117,24 @@ def test_one_process_has_nothing_to_share_out(tmp_path):
     config = read_config(tiny_config(tmp_path, "+trainer.shard=true", "trainer.precision=fp16"))
     with pytest.raises(ValueError, match=r"trainer\.precision=fp16 cannot go with trainer\.shard"):
         check_processes(config, 2)
+
+
+@needs_fork
+def test_every_process_of_a_diverging_run_says_what_broke(tmp_path):
+    config = tiny_config(
+        tmp_path, "+trainer.shard=true", "optimizer.lr=1e30", "trainer.evaluate_every=4"
+    )
+
+    def work():
+        torch.set_num_threads(1)
+        try:
+            run_quietly(config)
+        except FloatingPointError as error:
+            return str(error)
+
+    said = in_two_processes(work)
+    for line in said:
+        assert "at update 2; first non-finite: output of blocks.0.norm1 (" in line
+        assert "The last checkpoint is intact" in line
+    assert len({line.partition(";")[0] for line in said}) == 1  # the loss and the update
+    assert not list(tmp_path.rglob("result.json"))
