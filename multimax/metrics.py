@@ -108,7 +108,10 @@ def softmax_reference(scores: Tensor, dim: int = -1, mask: Tensor | None = None)
     """
     check_mask(mask)
     p, _, mask = _prepare(masked_softmax(to_compute_precision(scores), dim, mask), scores, mask)
-    return p.where(mask, 1.0).amin(dim, keepdim=True)
+    allowed = p.where(mask, 1.0)
+    if allowed.dim() and not allowed.size(dim):  # of no entry torch has no smallest one
+        return allowed.sum(dim, keepdim=True) + 1
+    return allowed.amin(dim, keepdim=True)
 
 
 def uniform_reference(scores: Tensor, dim: int = -1, mask: Tensor | None = None) -> Tensor:
