@@ -1,4 +1,4 @@
-"""A function in two processes that know of each other."""
+"""A function in two processes, or more, that know of each other."""
 
 import os
 import socket
@@ -12,16 +12,16 @@ from accelerate.state import AcceleratorState
 needs_fork = pytest.mark.skipif(torch.cuda.is_available(), reason="forks, beside a GPU")
 
 
-def in_two_processes(function, seconds=60):
-    """What `function()` returns in each of two, with the environment that torchrun gives them."""
+def in_processes(number, function, seconds=60):
+    """What `function()` returns in each of them, with the environment that torchrun gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     context = get_context("fork")
     processes, results = [], []
-    for rank in range(2):
+    for rank in range(number):
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(function, there, rank, port))
+        process = context.Process(target=_work, args=(function, there, rank, number, port))
         process.start()
         processes.append((process, here))
     for process, here in processes:
@@ -31,8 +31,13 @@ def in_two_processes(function, seconds=60):
     return results
 
 
-def _work(function, pipe, rank, port):
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+def in_two_processes(function, seconds=60):
+    """The same in two."""
+    return in_processes(2, function, seconds)
+
+
+def _work(function, pipe, rank, number, port):
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
     AcceleratorState._reset_state(reset_partial_state=True)  # of what the tests before have made
     os.environ |= place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     pipe.send(function())

@@ -5,7 +5,7 @@ import torch
 from accelerate import Accelerator
 from tiny import run_quietly, tiny_config
 from torch.distributed.fsdp import FSDPModule
-from two_processes import in_two_processes, needs_fork
+from two_processes import in_processes, in_two_processes, needs_fork
 
 from multimax.models.retrieval import AttentionRegressor
 from multimax.models.transformer import LanguageModel, TranslationModel
@@ -58,7 +58,7 @@ def backward(model, loss, rank, exchange):
             loss(model).backward()
 
 
-def sharded_and_plain(build, loss):
+def sharded_and_plain(build, loss, processes=2):
     """In each process: gradients, their norms and the weights of both, and what is sharded."""
 
     def work():
@@ -67,10 +67,10 @@ def sharded_and_plain(build, loss):
         torch.manual_seed(0)
         plain, model = build(), build()
         model.load_state_dict(plain.state_dict())
-        for rank in range(2):
+        for rank in range(processes):
             backward(plain, loss, rank, torch.enable_grad())
         for parameter in plain.parameters():
-            parameter.grad /= 2
+            parameter.grad /= processes
         gathering = WholeModel(model)
         shard(model)
         backward(model, loss, accelerator.process_index, no_exchange(model))
@@ -89,19 +89,19 @@ def sharded_and_plain(build, loss):
         expected_gradients = [parameter.grad.numpy() for parameter in plain.parameters()]
         return gathered, expected_gradients, norms, (found, expected), units
 
-    return in_two_processes(work)
+    return in_processes(processes, work)
 
 
 @needs_fork
-@pytest.mark.parametrize("name", MODELS)
-def test_gradients_and_weights_are_those_of_a_plain_model(name):
+@pytest.mark.parametrize(("name", "processes"), [*((name, 2) for name in MODELS), ("tied", 4)])
+def test_gradients_and_weights_are_those_of_a_plain_model(name, processes):
     units = {
         "tied": ["", "decoder.layers.0", "decoder.layers.1", "decoder.layers.2"],
         "adaptive": ["", "decoder.layers.0"],
         "translation": ["", "encoder.layers.0", "encoder.layers.1"],
         "temperature": [""],
     }
-    for gathered, expected, norms, losses, found in sharded_and_plain(*MODELS[name]):
+    for gathered, expected, norms, losses, found in sharded_and_plain(*MODELS[name], processes):
         for one, other in zip(gathered, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
         assert norms[0] == pytest.approx(norms[1], rel=1e-5)
