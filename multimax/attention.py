@@ -181,7 +181,7 @@ def _choose(
         return None if _obstacle(name, query, key, value, normalizer, bias) else _KERNELS[name]
     obstacle = _obstacle(name, query, key, value, normalizer, bias)
     if obstacle:
-        refuse(name, "this attention", obstacle)
+        refuse(name, "this attention", f"{normalizer}: " * (obstacle == _NO_MODULATOR) + obstacle)
     return _KERNELS[name]
 
 
@@ -251,7 +251,7 @@ def _obstacle(
 ) -> str | None:
     """Why a kernel cannot compute an attention; None if it can."""
     if not normalizer.fusible:
-        return f"{normalizer}: it is no SoftMax of scores with a modulator of order <= 2"
+        return _NO_MODULATOR
     if not query.dtype == key.dtype == value.dtype:
         return f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}"
     if name == "c":
@@ -274,6 +274,7 @@ def _triton(*arguments: Any, **steps: Any) -> Any:
     return triton_attention(*arguments, **steps)
 
 
+_NO_MODULATOR = "it is no SoftMax of scores with a modulator of order <= 2"
 _KERNELS = {"c": c_attention, "triton": _triton}
 
 

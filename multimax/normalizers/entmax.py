@@ -196,10 +196,10 @@ def _derivative_by_excess(p: Tensor, share: Tensor, excess: Tensor, dim: int) ->
 
 def _support_power(p: Tensor, exponent: float | Tensor) -> Tensor:
     """`p ** exponent` on the support and 0 off it, with finite derivatives at p = 0."""
-    if isinstance(exponent, float | int) and exponent == 0:
+    if not isinstance(exponent, Tensor) and exponent == 0:
         return p.detach().where(~(p > 0), 1.0)  # NaN of NaN
     support = ~(p <= 0)
-    if isinstance(exponent, float | int) and exponent == 0.5:
+    if not isinstance(exponent, Tensor) and exponent == 0.5:
         return p.where(support, 1.0).sqrt() * support
     return p.where(support, 1.0) ** exponent * support
 
