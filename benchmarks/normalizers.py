@@ -31,8 +31,11 @@ from multimax.kernels.backend import use_backend
 
 SHAPES = ("8x6x196x196", "2x1024x1024", "16x50000", "8x267744")
 WARMUP = {"shape": "2x8"}
+# The least that memory allows: sums with as many reads and writes as each needs at least.
+STREAMS = ("streams of torch.softmax", "streams of MultiMax")
 PROVIDERS = (
     "torch.softmax",
+    *STREAMS,
     "SoftMax",
     "MultiMax",
     "MultiMax, eager",
@@ -75,6 +78,9 @@ def workloads(providers: Sequence[str], shape: str) -> dict[str, Workload]:
     upstream = torch.randn(scores.shape)
     made = {}
     for name in providers:
+        if name in STREAMS:
+            made[name] = _streams(name, scores.detach(), upstream)
+            continue
         torch.manual_seed(0)  # the same MultiMax everywhere
         normalize, parameters = _build(name, scores.size(-1))
 
@@ -84,6 +90,17 @@ def workloads(providers: Sequence[str], shape: str) -> dict[str, Workload]:
         phases = {"forward": forward, "backward": lambda p: p.backward(upstream)}
         made[name] = Workload(phases, [scores, upstream, *parameters])
     return made
+
+
+def _streams(name: str, scores: Tensor, upstream: Tensor) -> Workload:
+    """Forward from x to p, backward from p and dL/dp to dL/dx; MultiMax reads x there, too."""
+
+    def backward(p: Tensor) -> Tensor:
+        if name == STREAMS[0]:
+            return torch.add(p, upstream)
+        return torch.addcmul(scores, p, upstream)
+
+    return Workload({"forward": lambda _: torch.add(scores, 1), "backward": backward}, [])
 
 
 def _build(name: str, length: int) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:

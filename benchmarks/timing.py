@@ -1,5 +1,7 @@
 """Time of several providers of the same result, interleaved so that drift hits all alike."""
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,8 @@ from torch import Tensor
 
 INFERENCE = "inference"
 LEAST_ROUNDS = 3  # even where they take longer than they may
+# Of glibc's mallopt: memory is never given back to the system, which would make new pages of it.
+ALLOCATOR = {"M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**28), "M_MMAP_MAX": (-4, 0)}
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class Workload:
             leaf.grad = None
 
 
+def settle_allocator() -> None:
+    """Let freed memory be used again: else the same code takes up to several times as long."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # of glibc alone
+        for option in ALLOCATOR.values():
+            mallopt(*option)
+
+
 def time_phases(
     workloads: Mapping[str, Workload], rounds: int, seconds: float, warmup: int = 2
 ) -> dict[str, dict[str, list[float]]]:
@@ -44,6 +56,7 @@ def time_phases(
         seconds: no round starts after as many, once there are three.
         warmup: rounds before these, not counted.
     """
+    settle_allocator()
     names = list(workloads)
     times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     started = time.perf_counter()
