@@ -2,6 +2,7 @@
 
 python -m benchmarks.attention                         # 49 to 4,096 tokens, 6 heads of 64
 python -m benchmarks.attention --causal --tokens 512 1024
+python -m benchmarks.attention --dtype bfloat16 --providers SDPA SoftMax MultiMax
 python -m benchmarks.attention --steps                 # length scale, cap and sink beside plain
 """
 
@@ -75,13 +76,19 @@ COLUMNS = {
 
 
 def workloads(
-    providers: Sequence[str], tokens: int, batch: int, causal: bool, heads: int = HEADS
+    providers: Sequence[str],
+    tokens: int,
+    batch: int,
+    causal: bool,
+    heads: int = HEADS,
+    dtype: str = "float32",
 ) -> dict[str, Workload]:
     """Training and inference over (batch, heads, tokens, head_dim) tensors, by provider."""
     torch.manual_seed(0)
     shape = (batch, heads, tokens, HEAD_DIM)
-    inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
-    upstream = torch.randn(shape)
+    kind = getattr(torch, dtype)
+    inputs = [torch.randn(shape).to(kind).requires_grad_() for _ in range(3)]
+    upstream = torch.randn(shape).to(kind)
     made = {}
     for name in providers:
         torch.manual_seed(0)  # the same MultiMax everywhere
@@ -180,22 +187,25 @@ def main(command: Sequence[str] | None = None) -> None:
     parser = arguments_of(__doc__, PROVIDERS, rounds=25)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--causal", action="store_true")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--steps", action="store_true", help="of SoftMax and MultiMax alone")
     arguments = parser.parse_args(command)
-    causal, rows = arguments.causal, []
+    causal, dtype, rows = arguments.causal, arguments.dtype, []
     if arguments.steps:
         return _compare_steps(arguments)
-    warmup = {"tokens": 4, "batch": 1, "causal": causal}
+    shared = {"causal": causal, "dtype": dtype}
     for tokens in arguments.tokens:
-        options = {"tokens": tokens, "batch": batch_size(tokens), "causal": causal}
+        warmup = {"tokens": 4, "batch": 1, **shared}
+        options = {"tokens": tokens, "batch": batch_size(tokens), **shared}
         measured = measure(workloads, options, warmup, arguments)
         title = (
             f"{options['batch']} x {HEADS} heads x {tokens} tokens x {HEAD_DIM}, causal={causal}"
         )
-        print_table(f"{title}, fp32, {arguments.threads} thread(s)", measured, COLUMNS)
+        print_table(f"{title}, {dtype}, {arguments.threads} thread(s)", measured, COLUMNS)
         rows += measured
-    name = "attention_causal" if causal else "attention"
-    finish(name, rows, arguments.threads, arguments.results, draw)
+    name = "attention_bf16" if dtype == "bfloat16" else "attention"
+    name = f"{name}_causal" if causal else name
+    finish(name, rows, arguments.threads, arguments.results, draw, dtype)
 
 
 def _compare_steps(arguments: argparse.Namespace) -> None:

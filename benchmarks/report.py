@@ -105,12 +105,12 @@ def ratios(row: Row, baseline: Row) -> Row:
     }
 
 
-def context(threads: int) -> Row:
+def context(threads: int, dtype: str = "float32") -> Row:
     """What a reader needs to repeat and to compare a measurement, the same for all its rows."""
     facts = environment()
     hardware, dirty = facts["hardware"], "-dirty" if facts["uncommitted_changes"] else ""
     return {
-        "dtype": "float32",
+        "dtype": dtype,
         "threads": threads,
         "device": hardware["device"],
         "cpu_count": hardware["cpu_count"],
@@ -134,7 +134,7 @@ def compiler_version() -> str:
 
 def write_csv(path: Path, rows: Sequence[Row], shared: Row) -> None:
     """Rows with `shared` added to each; a column that a row lacks stays empty."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in shared))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, [*columns, *shared])
@@ -198,7 +198,14 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def finish(name: str, rows: Sequence[Row], threads: int, results: Path, draw: Any) -> None:
+def finish(
+    name: str,
+    rows: Sequence[Row],
+    threads: int,
+    results: Path,
+    draw: Any,
+    dtype: str = "float32",
+) -> None:
     """Write `benchmarks/<name>.csv` and `figures/benchmark_<name>.png` below `results`.
 
     Args:
@@ -207,10 +214,11 @@ def finish(name: str, rows: Sequence[Row], threads: int, results: Path, draw: An
         threads: of torch; other numbers than 1 become part of the names.
         results: the folder.
         draw: `(rows) -> Figure`.
+        dtype: of what was measured.
     """
     name = name if threads == 1 else f"{name}_{threads}threads"
     table, picture = results / "benchmarks" / f"{name}.csv", results / "figures"
-    write_csv(table, rows, context(threads))
+    write_csv(table, rows, context(threads, dtype))
     picture = picture / f"benchmark_{name}.png"
     save_figure(draw(rows), picture)
     print(table, picture, sep="\n")

@@ -34,6 +34,7 @@ SMALL = {
 }
 COMMANDS = [
     (attention, ["--tokens", "4", "--causal"], "attention_causal", {"tokens", "batch"}),
+    (attention, ["--tokens", "4", "--dtype", "bfloat16"], "attention_bf16", {"tokens", "batch"}),
     (deit_step, ["--batch", "1", "--image-size", "32", "--depth", "1"], "deit_step", {"depth"}),
     (normalizers, ["--shapes", "2x8", "4x4"], "normalizers", {"shape", "activation_scores"}),
     (output_layer, ["--vocabularies", "9", "16", "--tokens", "2"], "output_layer", {"vocabulary"}),
