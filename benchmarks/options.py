@@ -27,7 +27,14 @@ from multimax.training.evaluation import build_accelerator
 from multimax.training.trainer import Trainer
 
 EXPERIMENTS = {"deit": "deit_multimax", "lm": "lm_multimax", "mt": "mt_multimax"}
-OPTIONS = ("", "precision=bf16", "precision=bf16,fused", "precision=bf16,fused,compile")
+OPTIONS = (
+    "",
+    "precision=bf16",
+    "precision=bf16,fused",
+    "precision=bf16,fused,channels_last",
+    "precision=bf16,fused,softmax",
+    "precision=bf16,fused,compile",
+)
 SETTINGS = {
     "fused": ("+optimizer.fused=true",),
     "compile": ("trainer.compile=true",),
@@ -113,8 +120,9 @@ def main(command: Sequence[str] | None = None) -> None:
         _forget()
         if "rate" in rows[0] and "rate" in rows[-1]:
             rows[-1]["ratio"] = rows[-1]["update_ms"] / rows[0]["update_ms"]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        write_csv(path, rows, {**context(device), "settings": " ".join(arguments.settings)})
+        shared = context("cuda" if torch.cuda.is_available() else "cpu")
+        del shared["dtype"]  # each row has its own
+        write_csv(path, rows, shared | {"settings": " ".join(arguments.settings)})
     print_table(f"Updates of {settings[0]}", rows, COLUMNS)
     print(path)
 

@@ -274,6 +274,7 @@ def _triton(*arguments: Any, **steps: Any) -> Any:
     return triton_attention(*arguments, **steps)
 
 
+# Without the normalizer, as torch.compile of torch 2.9 branches on no text made of a module.
 _NO_MODULATOR = "it is no SoftMax of scores with a modulator of order <= 2"
 _KERNELS = {"c": c_attention, "triton": _triton}
 

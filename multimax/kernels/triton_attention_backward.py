@@ -61,9 +61,7 @@ def backward_query_tile(
         factor_first, softcap,
     )  # fmt: skip
     if learned or of_factor:
-        sums = add_row_sums(
-            sums, gradient, derivatives, c, order, learned, shifted, of_factor
-        )  # fmt: skip
+        sums = add_row_sums(sums, gradient, derivatives, c, order, learned, shifted, of_factor)
         means = add_row_sums(
             means, probabilities, derivatives, c, order, learned, shifted, of_factor
         )

@@ -1,7 +1,9 @@
 import csv
 import itertools
 import json
+import resource
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from benchmarks import (
     report,
     training,
 )
-from benchmarks.timing import Workload, quantiles, time_phases
+from benchmarks.timing import Workload, quantiles, settle_allocator, time_phases
 
 pytestmark = pytest.mark.slow
 
@@ -280,3 +282,14 @@ def test_memory_command_prints_json(capsys, monkeypatch):
     task = {"provider": "torch.softmax", "options": {"shape": "4x8"}, "warmup": None, "threads": 1}
     memory.main(["benchmarks.normalizers", json.dumps(task)])
     assert json.loads(capsys.readouterr().out)["activation_mib"] == 4 * 8 * 4 / 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is of glibc")
+def test_freed_memory_is_used_again():
+    settle_allocator()
+    pages = []
+    for _ in range(20):  # until all of the heap has been touched
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MiB: 16,384 pages
+        pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert max(pages[-3:]) < 1000
