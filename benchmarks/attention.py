@@ -194,6 +194,8 @@ def main(command: Sequence[str] | None = None) -> None:
     if arguments.steps:
         return _compare_steps(arguments)
     shared = {"causal": causal, "dtype": dtype}
+    name = "attention_bf16" if dtype == "bfloat16" else "attention"
+    name = f"{name}_causal" if causal else name
     for tokens in arguments.tokens:
         warmup = {"tokens": 4, "batch": 1, **shared}
         options = {"tokens": tokens, "batch": batch_size(tokens), **shared}
@@ -203,22 +205,20 @@ def main(command: Sequence[str] | None = None) -> None:
         )
         print_table(f"{title}, {dtype}, {arguments.threads} thread(s)", measured, COLUMNS)
         rows += measured
-    name = "attention_bf16" if dtype == "bfloat16" else "attention"
-    name = f"{name}_causal" if causal else name
-    finish(name, rows, arguments.threads, arguments.results, draw, dtype)
+        finish(name, rows, arguments.threads, arguments.results, draw, dtype)
 
 
 def _compare_steps(arguments: argparse.Namespace) -> None:
     causal, rows = arguments.causal, []
+    name = "attention_steps_causal" if causal else "attention_steps"
+    path = arguments.results / "benchmarks" / f"{name}.csv"
     torch.set_num_threads(arguments.threads)
     for shape in STEP_SHAPES:
         measured = measure_steps(*shape, causal, arguments.rounds, arguments.seconds)
         title = "{} x {} heads x {} tokens x {}, causal={}".format(*shape, HEAD_DIM, causal)
         print_table(f"{title}, fp32, {arguments.threads} thread(s)", measured, STEP_COLUMNS)
         rows += measured
-    name = "attention_steps_causal" if causal else "attention_steps"
-    path = arguments.results / "benchmarks" / f"{name}.csv"
-    write_csv(path, rows, context(arguments.threads))
+        write_csv(path, rows, context(arguments.threads))
     print(path)
 
 

@@ -101,12 +101,12 @@ def main(command: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     arguments = parser.parse_args(command)
     arguments.providers = list(PROVIDERS)
+    path = arguments.results / "benchmarks" / "monitoring.csv"
     rows: list[Row] = []
     for model in arguments.models:
         rows += with_mean(measure(workloads, {"model": model}, None, arguments))
+        write_csv(path, rows, context(arguments.threads))
     print_table(f"Training step, fp32, {arguments.threads} thread(s)", rows, COLUMNS)
-    path = arguments.results / "benchmarks" / "monitoring.csv"
-    write_csv(path, rows, context(arguments.threads))
     print(path)
 
 

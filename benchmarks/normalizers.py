@@ -179,7 +179,7 @@ def main(command: Sequence[str] | None = None) -> None:
                 row["activation_scores"] = row["activation_mib"] * 2**20 / (4 * elements)
         print_table(f"{shape}, fp32, {arguments.threads} thread(s)", measured, COLUMNS)
         rows += measured
-    finish("normalizers", rows, arguments.threads, arguments.results, draw)
+        finish("normalizers", rows, arguments.threads, arguments.results, draw)
 
 
 if __name__ == "__main__":

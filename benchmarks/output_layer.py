@@ -117,7 +117,7 @@ def main(command: Sequence[str] | None = None) -> None:
         shape = f"{arguments.tokens:,} tokens x {DIM}, {vocabulary:,} classes"
         print_table(f"{shape}, fp32, {arguments.threads} thread(s)", measured, COLUMNS)
         rows += measured
-    finish("output_layer", rows, arguments.threads, arguments.results, draw)
+        finish("output_layer", rows, arguments.threads, arguments.results, draw)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from benchmarks.memory import measure_memory
 from benchmarks.timing import INFERENCE, Workload, quantiles, time_phases
+from multimax.files import write_atomically
 from multimax.training.result import environment
 
 matplotlib.use("Agg")
@@ -135,11 +137,11 @@ def compiler_version() -> str:
 def write_csv(path: Path, rows: Sequence[Row], shared: Row) -> None:
     """Rows with `shared` added to each; a column that a row lacks stays empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row if key not in shared))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, [*columns, *shared])
-        writer.writeheader()
-        writer.writerows(row | shared for row in rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*columns, *shared])
+    writer.writeheader()
+    writer.writerows(row | shared for row in rows)
+    write_atomically(path, lambda stream: stream.write(text.getvalue().encode()))
 
 
 def print_table(title: str, rows: Sequence[Row], columns: Mapping[str, str]) -> None:
@@ -194,8 +196,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda stream: figure.savefig(stream, format="png", dpi=120))
 
 
 def finish(
@@ -208,9 +209,11 @@ def finish(
 ) -> None:
     """Write `benchmarks/<name>.csv` and `figures/benchmark_<name>.png` below `results`.
 
+    Called after each shape, so that one which takes too long costs none of those before it.
+
     Args:
         name: of the benchmark, with what tells this variant from others.
-        rows: all that was measured.
+        rows: all that has been measured.
         threads: of torch; other numbers than 1 become part of the names.
         results: the folder.
         draw: `(rows) -> Figure`.

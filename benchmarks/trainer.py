@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from benchmarks.report import Row, context, print_table, write_csv
+from benchmarks.timing import settle_allocator
 from multimax.tasks import build_task
 from multimax.training.config import Config, read_config
 from multimax.training.evaluation import build_accelerator
@@ -121,10 +122,13 @@ def main(command: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder to write to")
     arguments = parser.parse_args(command)
     torch.set_num_threads(arguments.threads)
-    rows = [measure(name, arguments.updates, arguments.rounds) for name in arguments.experiments]
-    print_table("An update of the trainer next to a bare loop", rows, COLUMNS)
+    settle_allocator()
     path = arguments.results / "benchmarks" / "trainer.csv"
-    write_csv(path, rows, context(arguments.threads))
+    rows: list[Row] = []
+    for experiment in arguments.experiments:
+        rows.append(measure(experiment, arguments.updates, arguments.rounds))
+        write_csv(path, rows, context(arguments.threads))
+    print_table("An update of the trainer next to a bare loop", rows, COLUMNS)
     print(path)
 
 

@@ -136,7 +136,7 @@ def main(command: Sequence[str] | None = None) -> None:
             measured = measure({commit: other, THIS: here}, experiment, arguments)
             print_table(f"{experiment}, {arguments.updates} updates", measured, COLUMNS)
             rows += measured
-    finish("training", rows, arguments.threads, arguments.results, draw)
+            finish("training", rows, arguments.threads, arguments.results, draw)
 
 
 if __name__ == "__main__":

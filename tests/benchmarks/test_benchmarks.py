@@ -86,6 +86,32 @@ def test_command_writes_csv_and_figure(module, command, name, columns, tmp_path,
     assert (tmp_path / "figures" / f"benchmark_{name}.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        (attention, ["--tokens", "4", "6"]),
+        (normalizers, ["--shapes", "2x8", "4x4"]),
+        (output_layer, ["--vocabularies", "9", "16"]),
+    ],
+)
+def test_a_shape_that_is_cut_costs_none_of_those_before_it(module, command, tmp_path, monkeypatch):
+    measured = []
+
+    def measure(_, options, *__, **___):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(options)
+        times = {"forward_ms": 1.0, "backward_ms": 1.0, "step_ms": 2.0, "step_ratio": 1.0}
+        return [{**options, "provider": name, **times} for name in module.PROVIDERS]
+
+    monkeypatch.setattr(module, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        module.main([*command, "--results", str(tmp_path)])
+    name = module.__name__.rsplit(".")[-1]
+    assert len(read(tmp_path / "benchmarks" / f"{name}.csv")) == len(module.PROVIDERS)
+    assert (tmp_path / "figures" / f"benchmark_{name}.png").stat().st_size > 10_000
+
+
 def test_steps_of_attention_beside_the_plain_form(tmp_path, monkeypatch):
     monkeypatch.setattr(attention, "STEP_SHAPES", ((1, 2, 5),))
     attention.main(["--steps", "--rounds", "2", "--results", str(tmp_path)])
