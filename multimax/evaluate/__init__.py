@@ -191,12 +191,11 @@ def compare_to_result(report: dict[str, Any]) -> list[str] | None:
     )
     if not same:
         return None
-    recorded = result["metrics"]
     return [
-        f"{split}/{name}: {figure!r}, there {recorded.get(split, {}).get(name)!r}"
+        f"{split}/{name}: {figures.get(name)!r}, there {there!r}"
         for split, figures in report["metrics"].items()
-        for name, figure in figures.items()
-        if figure != recorded.get(split, {}).get(name)
+        for name, there in result["metrics"].get(split, {}).items()  # it may lack newer figures
+        if figures.get(name) != there
     ]
 
 

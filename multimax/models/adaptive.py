@@ -195,6 +195,11 @@ class AdaptiveOutput(nn.Module):
         """Whether a word can get no probability at all."""
         return any(normalizer.sparse for _, normalizer in self._clusters())
 
+    @property
+    def words(self) -> int:
+        """How many there are."""
+        return self.bands[-1]
+
     def probabilities(self, features: Tensor) -> Tensor:
         """Probabilities (..., words) of features (..., dim)."""
         head, *tails = [normalizer(part(features)) for part, normalizer in self._clusters()]

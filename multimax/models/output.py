@@ -41,6 +41,11 @@ class Output(nn.Module):
         """Whether a word can get no probability at all."""
         return self.normalizer.sparse
 
+    @property
+    def words(self) -> int:
+        """How many there are."""
+        return self.weight.size(0)
+
     def scores(self, features: Tensor) -> Tensor:
         """Scores (..., words) of features (..., dim), before the normalizer."""
         return F.linear(features, self.weight)

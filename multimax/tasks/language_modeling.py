@@ -59,7 +59,7 @@ class LanguageModeling(Task):
     is no perplexity. Instead, `smoothed_perplexity`, `smoothed_word_perplexity` and
     `smoothed_bits_per_byte` are those of the mixture of its distribution (weight 0.99) and the
     uniform one over the vocabulary (`EPSILON` = 0.01): what Martins et al., Sparse Text Generation,
-    EMNLP 2020, call epsilon-perplexity.
+    EMNLP 2020, call epsilon-perplexity. The test split has them of every output, to compare with.
 
     A batch is counted in blocks. Arguments and errors are those of `multimax.tasks.build_task`.
     """
@@ -135,23 +135,32 @@ class LanguageModeling(Task):
     ) -> dict[str, float]:
         output = cast(LanguageModel, model).output
         sparse = output.sparse
+        smoothed = sparse or split == "test"
         totals = torch.zeros(3, dtype=torch.float64)
         for batch in self.evaluation_batches(split):
             counts = batch.targets != self.model.padding_index
             features, targets = model(batch.inputs)[counts], batch.targets[counts]
             loss = output.loss(features, targets, reduction="sum")
-            nll = smoothed_negative_log_likelihood(output, features, targets) if sparse else loss
+            nll = smoothed_negative_log_likelihood(output, features, targets) if smoothed else loss
             totals += torch.stack([loss, nll, loss.new_tensor(len(targets))]).cpu()
         loss, nll, count = reduce(totals.to(self.device)).tolist()
         check_counted(split, count, self.splits[split], self.unit)
-        words, size = self.data.words[split], self.data.bytes[split]
-        check_not_diverged(split, loss / count, nll / words)
-        prefix = "smoothed_" if sparse else ""
+        check_not_diverged(split, loss / count, (nll if sparse else loss) / self.data.words[split])
+        metrics = {"loss": loss / count}
+        if not sparse:
+            metrics |= self._likelihood_metrics(split, loss, count)
+        if smoothed:
+            metrics |= self._likelihood_metrics(split, nll, count, "smoothed_")
+        return metrics
+
+    def _likelihood_metrics(
+        self, split: str, nll: float, count: float, prefix: str = ""
+    ) -> dict[str, float]:
+        """Perplexities and bits of a split from its negative log-likelihood, in nats."""
         return {
-            "loss": loss / count,
             f"{prefix}perplexity": math.exp(nll / count),
-            f"{prefix}word_perplexity": math.exp(nll / words),
-            f"{prefix}bits_per_byte": nll / math.log(2) / size,
+            f"{prefix}word_perplexity": math.exp(nll / self.data.words[split]),
+            f"{prefix}bits_per_byte": nll / math.log(2) / self.data.bytes[split],
         }
 
     def inspect(self, model: nn.Module) -> dict[str, dict[str, float]]:
@@ -175,9 +184,12 @@ def smoothed_negative_log_likelihood(
         features: (tokens, dim).
         targets: (tokens,) int64.
     """
-    log_p = output.log_probabilities(features)
-    p = log_p.gather(-1, targets.unsqueeze(-1)).exp()
-    return -torch.log((1 - EPSILON) * p + EPSILON / log_p.size(-1)).sum()
+    if output.sparse:
+        log_p = output.log_probabilities(features)
+        log_p = log_p.gather(-1, targets.unsqueeze(-1))
+    else:  # without a matrix of the size of the vocabulary
+        log_p = -output.loss(features, targets, reduction="none")
+    return -torch.log((1 - EPSILON) * log_p.exp() + EPSILON / output.words).sum()
 
 
 def _normalizers(output: nn.Module) -> list[Normalizer]:

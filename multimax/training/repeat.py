@@ -121,15 +121,15 @@ def other_conditions(recorded: dict[str, Any], here: dict[str, Any]) -> list[str
 
 
 def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Each number that is not the same, with both of its values."""
+    """Each recorded number that is not the same, with both of its values."""
     lines = []
     for section in COMPARED:
         before, after = (dict(_leaves(result[section])) for result in (recorded, now))
         lines += [
             f"{section}.{name}: {as_typed(before.get(name))} recorded, "
             f"{as_typed(after.get(name))} now"
-            for name in {**before, **after}
-            if not _same(before.get(name), after.get(name))
+            for name in before
+            if not _same(before[name], after.get(name))
         ]
     return lines
 

@@ -79,7 +79,8 @@ def test_figures_per_word_and_byte(composed, split):
     assert metrics["word_perplexity"] == pytest.approx(math.exp(total / words), rel=1e-6)
     size = len(TEXT[split].encode())
     assert metrics["bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-9)
-    assert set(metrics) == {"loss", "perplexity", "word_perplexity", "bits_per_byte"}
+    plain = {name for name in metrics if not name.startswith("smoothed_")}
+    assert plain == {"loss", "perplexity", "word_perplexity", "bits_per_byte"}
 
 
 def test_batches_are_summed_in_double(composed):
@@ -138,6 +139,23 @@ def test_the_smoothed_likelihood_of_each_target():
     expected = -sum(math.log(0.99 * value + 0.01 / 7) for value in p.tolist())
     found = language_modeling.smoothed_negative_log_likelihood(output, features, targets)
     assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("adaptive", [(), ("model.adaptive_cutoffs=[40,100]",)])
+def test_a_dense_output_has_smoothed_figures_of_the_test_split(composed, adaptive):
+    config = composed("lm_multimax", *adaptive)
+    assert set(evaluate(config, "valid")[0]) == {
+        "loss", "perplexity", "word_perplexity", "bits_per_byte",
+    }  # fmt: skip
+    metrics, task = evaluate(config, "test", world_size=2)
+    with torch.inference_mode():
+        p, targets = naive_probabilities(task, "test")
+    p = p.gather(1, targets[:, None]).squeeze(1).double()
+    nll = -(0.99 * p + 0.01 / 270).log().sum().item()
+    assert metrics["smoothed_perplexity"] == pytest.approx(math.exp(nll / len(p)), rel=1e-4)
+    bits = nll / math.log(2) / task.data.bytes["test"]
+    assert metrics["smoothed_bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
 
 
 @pytest.mark.slow
