@@ -15,13 +15,14 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Comparison:
-    """A cell next to the baseline, by the first column of the study.
+    """A cell next to the baseline, by the column that `Cells.column_of` says.
 
     Attributes:
         by_seed: the difference of each seed that both have; of the logarithms to base 10 where the
             study compares by ratios.
         difference: their mean and its interval; None with fewer than two seeds.
-        star: whether the interval excludes 0 after Holm's correction for the number of cells.
+        star: whether the interval excludes 0 after Holm's correction for the number of cells, also
+            of those that have no difference yet.
     """
 
     by_seed: dict[int, float]
@@ -66,6 +67,12 @@ class Cells:
         """The column by which the cells are compared."""
         return next(iter(self.study.columns))
 
+    def column_of(self, cell: str) -> str:
+        """The column by which a cell is compared: the main one, if its runs have the figure."""
+        instead = self.study.instead
+        without = instead and not self.values(cell, self.main_column)
+        return instead if without and self.values(cell, instead) else self.main_column
+
     @property
     def lower_is_better(self) -> bool:
         """Whether the claims of the study are that its main column is lower."""
@@ -82,7 +89,7 @@ class Cells:
     def values(self, cell: str, column: str) -> dict[int, float]:
         """A figure by seed, of the runs that have it: a sparse output has no perplexity.
 
-        That of a run that diverged is what the study says.
+        That of a run that diverged is what the study says, or none.
         """
         name = self.study.columns[column].replace("test/", f"{self.split}/")
         runs = sorted(self.selections[cell].runs.items())
@@ -132,21 +139,16 @@ class Cells:
     @cached_property
     def comparisons(self) -> dict[str, Comparison]:
         """Every cell but the baseline next to it."""
-        base, column = self.study.baseline, self.main_column
-        cells = [cell for cell in self.study.cells if cell != base]
-        found = {cell: self.difference(cell, base, column) for cell in cells}
-        compared = {cell: difference for cell, difference in found.items() if difference}
-        corrected = holm([difference.p_value for difference in compared.values()])
-        stars = {cell for cell, p in zip(compared, corrected, strict=True) if p < ALPHA}
-        of_base = self.compared(base, column)
-        return {
-            cell: Comparison(
-                {s: v - of_base[s] for s, v in self.compared(cell, column).items() if s in of_base},
-                found[cell],
-                cell in stars,
-            )
-            for cell in cells
-        }
+        base = self.study.baseline
+        columns = {cell: self.column_of(cell) for cell in self.study.cells if cell != base}
+        found = {cell: self.difference(cell, base, column) for cell, column in columns.items()}
+        corrected = holm([f.p_value if f else 1.0 for f in found.values()])
+        comparisons = {}
+        for (cell, column), p in zip(columns.items(), corrected, strict=True):
+            values, of_base = self.compared(cell, column), self.compared(base, column)
+            by_seed = {s: value - of_base[s] for s, value in values.items() if s in of_base}
+            comparisons[cell] = Comparison(by_seed, found[cell], p < ALPHA)
+        return comparisons
 
 
 def cells_of(study: Study, scale: str, runs: Iterable[Run], overrides: Sequence[str] = ()) -> Cells:
@@ -161,7 +163,7 @@ def cells_of(study: Study, scale: str, runs: Iterable[Run], overrides: Sequence[
     Raises:
         ValueError: the settings do not compose, or a run is recorded twice.
     """
-    runs = [run for run in runs if study.diverged is not None or not run.diverged]
+    runs = list(runs)
     configs = {
         name: config_of(*study.settings(name), f"scale={scale}", *overrides) for name in study.cells
     }

@@ -92,8 +92,8 @@ FILES: dict[str, Callable[[Table], str]] = {
 def in_readme(text: str, table: Table) -> str:
     """The text with this table between `<!-- NAME -->` and `<!-- /NAME -->`, if it has them."""
     markers = re.compile(rf"(<!-- {table.name} -->\n).*?(<!-- /{table.name} -->)", re.DOTALL)
-    verdicts = "\n".join(f"- {remark}" for remark in table.remarks[1:])
-    body = f"\n{grid(table)}\n\n{verdicts}\n\n" if verdicts else f"\n{grid(table)}\n\n"
+    remarks = "\n".join(f"- {remark}" for remark in table.remarks)
+    body = f"\n{grid(table)}\n\n{remarks}\n\n"
     return markers.sub(lambda found: found[1] + body + found[2], text)
 
 

@@ -15,6 +15,7 @@ names and folders. For each table:
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -60,18 +61,20 @@ class _Builder:
 
     def _figures(self, cell: str) -> dict[str, str]:
         texts: dict[str, str] = {}
-        for index, column in enumerate(self.study.columns):
+        for column in self.study.columns:
             found = list(self.cells.compared(cell, column).values())
             if found:
                 mean, deviation = mean_and_deviation(found)
                 texts[column] = self._number(mean)
-                if not index and len(found) > 1:
+                if column == self.cells.column_of(cell) and len(found) > 1:
                     texts["sd"] = self._number(deviation)
         runs = self.cells.selections[cell].runs.values()
-        if runs:
+        counted = [run for run in runs if self.study.diverged is not None or not run.diverged]
+        if counted:
             name = f"{self.cells.split}/examples"
-            examples = {int(run.figures[name]) for run in runs if not run.diverged}
-            texts |= {"seeds": str(len(runs)), "n": ", ".join(f"{n:,}" for n in sorted(examples))}
+            examples = {int(run.figures[name]) for run in counted if not run.diverged}
+            texts["seeds"] = str(len(counted))
+            texts["n"] = ", ".join(f"{n:,}" for n in sorted(examples))
         return texts
 
     @property
@@ -82,7 +85,9 @@ class _Builder:
     def _number(self, value: float) -> str:
         """A compared figure, which may be a logarithm, as it is read."""
         if self.study.ratios:
-            return significant(10**value, self.study.digits)
+            # Student's t of two seeds has intervals beyond what a double holds.
+            ratio = math.inf if value > 300 else 10**value
+            return significant(ratio, self.study.digits)
         return f"{value:.{self.study.digits}f}"
 
     def _effect(self, found: Difference) -> tuple[str, str]:
@@ -96,7 +101,7 @@ class _Builder:
     def remarks(self) -> list[str]:
         """What the columns mean, and what the differences say of each claim."""
         study = self.study
-        split, base = self.cells.split, self.cells.label(study.baseline)
+        cells, split, base = self.cells, self.cells.split, self.cells.label(study.baseline)
         nothing = 1 if study.ratios else 0
         meaning = (
             f"n: {study.unit} of split {split!r}; {self.effect}: to the row {base}, paired by "
@@ -112,7 +117,12 @@ class _Builder:
             meaning += (
                 " S and M: sparsity and multi-modality (Definitions 1 and 2), means over the "
                 "attention layers and the rows of attention, with the row's mean score as threshold"
-                " and s = 0.1 / n for a row of n entries."
+                f" and s = 0.1 / n for a row of n entries, of {study.inspected}."
+            )
+        if study.instead:
+            meaning += (
+                f" Rows without {cells.main_column} have sd, {self.effect} and interval of "
+                f"{study.instead}."
             )
         if study.smallest is not None:
             meaning += (
@@ -123,19 +133,23 @@ class _Builder:
                 "whole interval is below it. Underpowered: anything else."
             )
         if diverged := self._diverged():
-            meaning += f" Diverged, which counts as {study.diverged:g}: {diverged}."
+            counts = "are left out" if study.diverged is None else f"count as {study.diverged:g}"
+            meaning += f" Runs that diverged {counts}: {diverged}."
+        return [meaning, *self._verdicts()]
+
+    def _verdicts(self) -> list[str]:
+        claims = self.study.claims
         differences = [
             self.cells.difference(
-                claim.cell, claim.than or study.baseline, claim.column, self.cells.level
+                claim.cell, claim.than or self.study.baseline, claim.column, self.cells.level
             )
-            for claim in study.claims
+            for claim in claims
         ]
-        corrected = iter(holm([found.p_value for found in differences if found]))
-        verdicts = [
-            self._verdict(claim, found, next(corrected) if found else 1.0)
-            for claim, found in zip(study.claims, differences, strict=True)
+        corrected = holm([found.p_value if found else 1.0 for found in differences])
+        return [
+            self._verdict(claim, found, p)
+            for claim, found, p in zip(claims, differences, corrected, strict=True)
         ]
-        return [meaning, *verdicts]
 
     def _diverged(self) -> str:
         """The cells and seeds of runs that diverged."""
@@ -152,7 +166,8 @@ class _Builder:
             return f"{claim.text}: not run."
         verdict = verdict_of(claim, found, p_value, self.cells.smallest)
         mean, interval = self._effect(found)
-        sees = self._number(found.smallest)
+        # Whatever the other claims: as Holm's correction treats the smallest of the p-values.
+        sees = self._number(found.smallest(1 - ALPHA / len(self.study.claims)))
         if self.study.ratios:
             mean, sees = f"ratio {mean}", f"a ratio of {sees}"
         else:
@@ -162,7 +177,7 @@ class _Builder:
             f"{found.pairs} pairs"
         )
         if verdict == "underpowered":
-            text += f"; such a comparison sees {sees} in 80 % of cases"
+            text += f"; such a comparison, corrected for all claims, sees {sees} in 80 % of cases"
         return text + ")."
 
 
@@ -204,8 +219,8 @@ def table_of(cells: Cells) -> Table:
 
 def _are_cells(selection: Selection, study: Study) -> bool:
     """Whether what was left out differs only in what makes the cells of the study."""
-    own = {s.partition("=")[0] for cell in study.cells.values() for s in cell.settings}
-    return set(selection.left_out) <= own
+    own = {s for cell in study.cells for s in study.settings(cell)[len(study.base) :]}
+    return set(selection.left_out) <= {s.partition("=")[0].lstrip("+") for s in own}
 
 
 def main() -> None:

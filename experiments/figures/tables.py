@@ -82,8 +82,9 @@ def forest(cells: Cells) -> Figure:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0, pad=10)
     good = "lower" if cells.lower_is_better else "higher"
+    columns = dict.fromkeys([cells.main_column, *map(cells.column_of, rows)])
     axes.set_xlabel(
-        f"{cells.main_column}, {'ratio' if study.ratios else 'difference'} to "
+        f"{' or '.join(columns)}, {'ratio' if study.ratios else 'difference'} to "
         f"{' | '.join(study.cells[study.baseline].row)} ({good} is better)"
     )
     axes.annotate(

@@ -87,6 +87,9 @@ class Study(Section):
         row: names of the columns that describe a cell.
         columns: further columns by name, each with the figure of a result that it shows, such as
             "test/top1". The first one also has its spread and its difference to the baseline.
+        instead: the column by which cells are compared whose runs lack the figure of the first, as
+            sparse outputs lack a perplexity; null is none.
+        inspected: what of the split S and M were measured on.
         digits: after the decimal point; with `ratios`, significant ones.
         unit: what the figures were counted on.
         baseline: the cell that the others are compared with.
@@ -107,6 +110,8 @@ class Study(Section):
     columns: Annotated[dict[str, str], Field(min_length=1)]
     digits: Annotated[int, Field(ge=0, le=10)]
     unit: str
+    instead: str | None = None
+    inspected: str = "the whole split"
     baseline: str
     cells: Annotated[dict[Name, Cell], Field(min_length=1)]
     claims: Annotated[tuple[Claim, ...], Field(strict=False)] = ()
@@ -121,6 +126,8 @@ class Study(Section):
             raise ValueError(f"smallest={self.smallest:g} must be a ratio above 1, as ratios=true")
         for cell in (self.baseline, *(claim.cell for claim in self.claims)):
             look_up("cell", self.cells, cell)
+        if self.instead is not None:
+            look_up("column", self.columns, self.instead)
         for claim in self.claims:
             look_up("cell", self.cells, claim.than or self.baseline)
             look_up("column", self.columns, claim.column)

@@ -66,7 +66,7 @@ def test_what_the_runs_do_not_decide_says_which_ratio_they_would_have_seen():
     said = table_of(cells_with(claimed(), multimax=errors)).remarks[1]
     difference = np.log10(errors) - np.log10(SOFTMAX)
     error = difference.std(ddof=1) / 2
-    sees = 10 ** (error * (stats.t.ppf(0.9875, 3) + stats.t.ppf(0.8, 3)))
+    sees = 10 ** Difference(0, 0, 1, error, 4).smallest(0.975)
     assert f"**underpowered** at this scale (error ratio {10 ** difference.mean():.3g} [" in said
     assert said.endswith(f"sees a ratio of {significant(sees, 3)} in 80 % of cases).")
 
@@ -100,11 +100,17 @@ def test_a_run_that_diverged_counts_as_the_study_says():
     table = table_of(cells)
     assert table.rows[1]["error"] == significant(stats.gmean([*MULTIMAX[:3], 1.0]), 3)
     assert table.rows[1]["seeds"] == "4"
-    said = "Diverged, which counts as 1: linear, MultiMax, order 2 (seed 3)."
+    said = "Runs that diverged count as 1: linear, MultiMax, order 2 (seed 3)."
     assert table.remarks[0].endswith(said)
     without = table_of(cells_with(claimed(diverged=None), last=failed))
     assert without.rows[1]["seeds"] == "3"
-    assert "Diverged" not in without.remarks[0]
+    said = "Runs that diverged are left out: linear, MultiMax, order 2 (seed 3)."
+    assert without.remarks[0].endswith(said)
+
+
+def test_an_interval_beyond_all_numbers_is_infinite():
+    table = table_of(cells_with(claimed(), softmax=[1e-30, 1.0], multimax=[1.0, 1e-30]))
+    assert "inf]" in table.remarks[1]
 
 
 def test_a_figure_without_a_logarithm_is_refused():
