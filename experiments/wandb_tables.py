@@ -3,6 +3,7 @@
 `results/runs/` stays the truth: what Weights & Biases has is a mirror of it.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from multimax.training.config import hashed_settings, read_config
 from multimax.training.loggers import PROJECT, wandb_mode
 from multimax.training.studies import Study
 
+log: logging.Logger = logging.getLogger(__name__)
+
+UNWANTED = {"debug", "tuning"}  # tags of runs that are no results
 OUTPUTS = Path("outputs")  # where Weights & Biases keeps its own files
 
 
@@ -58,7 +62,9 @@ def log_table(table: Table, study: Study, figures: Iterable[Path] = (), wandb: A
 
 
 def runs_of(project: str, api: Any = None) -> list[Run]:
-    """The finished runs of a project, as tables need them.
+    """The finished runs of a project, as tables need them; a warning names what is left out.
+
+    A run that diverged is not finished there: only its JSON file counts in a table.
 
     Args:
         project: "ENTITY/PROJECT".
@@ -72,10 +78,20 @@ def runs_of(project: str, api: Any = None) -> list[Run]:
 
         api = wandb.Api()
     try:
-        found = list(api.runs(project, filters={"state": "finished"}))
+        found = list(api.runs(project))
     except Exception as error:  # of its client, which has many kinds
         raise ValueError(f"cannot read {project} from Weights & Biases: {error}") from error
-    return [_run(run) for run in found if "seed" in run.config and "debug" not in run.tags]
+    ours = [run for run in found if "seed" in run.config and not UNWANTED & set(run.tags)]
+    runs = []
+    for run in ours:
+        if run.state != "finished":
+            log.warning("run %s of W&B is %s, and left out", run.name, run.state)
+            continue
+        try:
+            runs.append(_run(run))
+        except ValueError as error:  # of another program, or of an old version
+            log.warning("run %s of W&B cannot be read, and is left out: %s", run.name, error)
+    return runs
 
 
 def _run(run: Any) -> Run:

@@ -23,6 +23,8 @@ start=("$python")
 [[ -z ${GPUS:-} ]] || start=("$python" -m torch.distributed.run --nproc-per-node "$GPUS")
 status=0
 "${start[@]}" train.py -m "study=$table" "$@" || status=$?   # a run that fails costs its cell alone
-"$python" -m experiments.results "$output/$scale"
+sweeps=("$output/sweeps")     # which know the runs that diverged
+[[ -d ${sweeps[0]} ]] || sweeps=()
+"$python" -m experiments.results "$output/$scale" "${sweeps[@]}"
 "$python" -m experiments.tables "$table" "${changed[@]}" --scale "$scale"
 exit "$status"

@@ -49,13 +49,12 @@ class OfflineApi:
     def __init__(self, *files: Path):
         self.files = files
 
-    def runs(self, project, filters):
-        assert filters == {"state": "finished"}
+    def runs(self, project):
         return [_run(file) for file in self.files]
 
 
 def _run(file: Path):
-    config, summary, facts = {}, {}, None
+    config, summary, facts, state = {}, {}, None, "crashed"
     for record in records(file):
         kind = record.WhichOneof("record_type")
         if kind == "run":
@@ -65,12 +64,15 @@ def _run(file: Path):
             _update(config, record.config.update)
         elif kind == "summary":
             _update(summary, record.summary.update)
+        elif kind == "exit":
+            state = "failed" if record.exit.exit_code else "finished"
     return SimpleNamespace(
         name=facts.display_name,
         group=facts.run_group,
         tags=list(facts.tags),
         config={key: value for key, value in config.items() if not key.startswith("_")},
         summary=summary,
+        state=state,
     )
 
 

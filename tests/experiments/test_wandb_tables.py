@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from offline_wandb import OfflineApi, media
@@ -37,20 +38,29 @@ def mirror(folder, entry):
 
 
 @pytest.mark.slow
-def test_the_table_of_offline_runs_is_that_of_the_files(offline):
+def test_the_table_of_offline_runs_is_that_of_the_files(offline, caplog):
     entries = [result("deit_softmax", seed, 80.0 + seed) for seed in (0, 1)]
     entries += [result("deit_multimax", seed, 81.0 + 2 * seed) for seed in (0, 1)]
-    debug = result("deit_softmax", 2, 1.0)
-    debug["config"] = composed("experiment=deit_softmax") | {"tags": ["debug"], "seed": 2}
+    unwanted = []
+    for tag in ("debug", "tuning"):
+        unwanted.append(result("deit_softmax", 2, 1.0))
+        unwanted[-1]["config"] = composed("experiment=deit_softmax") | {"tags": [tag], "seed": 2}
     store(offline / "runs", entries)
-    files = [mirror(offline / f"run{i}", entry) for i, entry in enumerate([*entries, debug])]
+    files = [mirror(offline / f"run{i}", entry) for i, entry in enumerate(entries + unwanted)]
     study = study_of("table2")
     recorded = [run_of(entry) for entry in load(offline / "runs").values()]
     expected = build(study, "small", recorded)
     assert expected.runs == 4
-    assert (
-        build(study, "small", wandb_tables.runs_of("us/multimax", OfflineApi(*files))) == expected
-    )
+    api = OfflineApi(*files)
+    foreign = SimpleNamespace(name="other", tags=[], config={"seed": 1}, state="finished")
+    stopped = SimpleNamespace(name="mine", tags=[], config={"seed": 1}, state="failed")
+    project = SimpleNamespace(runs=lambda name: [*api.runs(name), foreign, stopped])
+    assert build(study, "small", wandb_tables.runs_of("us/multimax", project)) == expected
+    warned = [r.getMessage() for r in caplog.records if r.name == wandb_tables.__name__]
+    assert [text.partition(":")[0] for text in warned] == [
+        "run other of W&B cannot be read, and is left out",
+        "run mine of W&B is failed, and left out",
+    ]
 
 
 @pytest.mark.slow
@@ -82,7 +92,7 @@ def test_a_table_is_logged_with_its_own_figures(offline, monkeypatch, capsys):
         drawn = (figures / f"{name}.png").read_bytes()
         assert drawn.startswith(b"\x89PNG")
         assert found[f"figures/{name}"].read_bytes() == drawn
-    (run,) = OfflineApi(file).runs(None, {"state": "finished"})
+    (run,) = OfflineApi(file).runs(None)
     assert (run.group, run.tags) == ("table2", ["table2", "table"])
     assert run.summary["remarks"] == table.remarks
 

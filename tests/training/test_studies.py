@@ -277,6 +277,7 @@ def test_the_script_of_a_table_runs_it_and_draws_it(train, tmp_path, monkeypatch
     python, written = tmp_path / "python", tmp_path / "commands"
     python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" "" >> {written}\n')
     python.chmod(stat.S_IRWXU)
+    (tmp_path / "out" / "sweeps").mkdir(parents=True)  # as the sweep will have made it
     parts = ["cells=average-1", "seed=0", *SMALL[1:], "trainer.updates=2", "schedule.warmup=0",
              "logger.wandb=disabled"]  # fmt: skip
     subprocess.run(
@@ -287,6 +288,11 @@ def test_the_script_of_a_table_runs_it_and_draws_it(train, tmp_path, monkeypatch
     assert first[0] == "train.py"
     code, said, _ = train(*first[1:])
     assert (code, "sweep of 1 jobs: 1 finished" in said) == (0, True), said
+    assert others[0][1:] == [
+        "experiments.results",
+        f"{tmp_path}/out/small",
+        f"{tmp_path}/out/sweeps",
+    ]
     monkeypatch.chdir(tmp_path)
     for option, module, *arguments in others:
         assert option == "-m"
