@@ -144,8 +144,12 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = f"{error.strerror}, {folder} cannot be written: choose another output_dir="
-        raise OSError(error.errno, reason) from error
+        raise _cannot_be_written(folder, error) from error
+
+
+def _cannot_be_written(folder: Path, error: OSError) -> OSError:
+    reason = f"{error.strerror}, {folder} cannot be written: choose another output_dir="
+    return OSError(error.errno, reason)
 
 
 @contextmanager
@@ -159,7 +163,11 @@ def locked(folder: Path) -> Iterator[None]:
         OSError: nothing can be written there.
     """
     make_folder(folder)
-    with (folder / ".lock").open("w") as stream:
+    try:
+        stream = (folder / ".lock").open("w")
+    except OSError as error:
+        raise _cannot_be_written(folder, error) from error
+    with stream:
         _lock(stream, folder)
         yield
 

@@ -145,6 +145,12 @@ def test_lock_excludes_a_second_process_and_goes_with_the_first(tmp_path):
         pass
 
 
+def test_a_folder_in_which_nothing_can_be_written_is_named(tmp_path):
+    (tmp_path / ".lock").mkdir()  # no one can open it, not even root
+    with pytest.raises(OSError, match=rf"{tmp_path} cannot be written: choose another output_dir="):
+        locked(tmp_path).__enter__()
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog, number):
     flock = Mock(side_effect=OSError(number, "No locks available"))

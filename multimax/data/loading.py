@@ -1,5 +1,7 @@
 """What all data sets share: where embedded ones lie, loaders, shares of ranks, and seeds."""
 
+import gzip
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,27 @@ import torch
 
 SPLITS = ("train", "valid", "test")
 EMBEDDED = Path(__file__).with_name("embedded")  # in the repository; a wheel has no data
+
+
+def unzipped(path: Path) -> bytes:
+    """The content of a gzip file.
+
+    Raises:
+        ValueError: it is damaged, or 100 times as large as the file, which no data are.
+    """
+    compressed = path.stat().st_size
+    largest = 100 * compressed + 2**20
+    try:
+        with gzip.open(path) as stream:
+            content = stream.read(largest + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): copy it again") from error
+    if len(content) > largest:
+        raise ValueError(
+            f"{path} would be more than {largest:,} bytes, of {compressed:,} compressed ones: it "
+            "cannot be data; unpack it yourself if it is"
+        )
+    return content
 
 
 def embedded_file(data_set: str, name: str) -> Path:

@@ -244,7 +244,9 @@ class ProgressDisplay:
         self.first_update, self.total = update, total
         self.printed = self.started = time.monotonic()
         self.bar.reset(self.row, total=total, completed=update, state="")
-        self.neighbours = Neighbours()
+        # Where a GPU or several processes train, threads of the host are not what is waited for.
+        alone = os.environ.get("WORLD_SIZE", "1") == "1" and not torch.cuda.is_available()
+        self.neighbours = Neighbours() if alone else None
 
     def show(self, update: int, epoch: int, loss: float, learning_rate: float, rate: float) -> None:
         """Show the state after an update; `rate` in units per second."""

@@ -1,5 +1,6 @@
 """Other work on the cores that training uses: threads that wait for each other lose most by it."""
 
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ STAT = Path("/proc/stat")  # of Linux: what all cores have done since they start
 
 
 class Neighbours:
-    """The cores that other processes have used since this was made."""
+    """The cores that others than this process and its workers have used since this was made."""
 
     def __init__(self) -> None:
         self._start: tuple[float, float] | None = _others_and_now()
@@ -39,11 +40,21 @@ def advice(threads: int, taken: float, cores: int | None = None) -> str | None:
 
 
 def _others_and_now() -> tuple[float, float] | None:
-    """Seconds of all cores that were not this process's, and the time."""
+    """Seconds of all cores that were neither this process's nor its workers', and the time."""
     try:
         user, nice, system, _, _, *interrupts = STAT.read_text().split("\n", 1)[0].split()[1:9]
         ticks = sum(map(int, (user, nice, system, *interrupts)))
+        ticks -= sum(_ticks(worker.pid) for worker in multiprocessing.active_children())
         busy = ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, AttributeError):
         return None
     return busy - time.process_time(), time.monotonic()
+
+
+def _ticks(process: int | None) -> int:
+    """Of the processor, that a process has used; 0 if it has ended."""
+    try:
+        after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(after_name[11]) + int(after_name[12])

@@ -3,14 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from multimax.options import as_typed
-from multimax.training.config import NOT_IN_HASH_NESTED, Config, read_config
+from multimax.training.config import NOT_IN_HASH_NESTED, Config, read_config, run_folder
 from multimax.training.result import SCHEMA, environment
 from multimax.training.run import SHOWN, run
 
@@ -21,7 +23,8 @@ COMPARED = ("metrics", "normalizers", "learned_scalars")
 def repeat(arguments: Sequence[str], console: Console | None = None) -> bool:
     """Train, evaluate and compare a run that a JSON file records.
 
-    It goes to `<output_dir>/repeated`, where it can be interrupted and gone on with like any other.
+    It goes to `<output_dir>/repeated`, where it can be interrupted and gone on with like any other;
+    a finished repetition is kept aside, and another one made.
 
     Args:
         arguments: of the command line: `repeat=FILE`, a result.json or a file of results/runs, and
@@ -42,9 +45,10 @@ def repeat(arguments: Sequence[str], console: Console | None = None) -> bool:
     recorded = _read(file)
     config = _config(recorded, given)
     _say(console, f"repeating {file}: {recorded['experiment']}, seed {recorded['seed']}")
-    for line in other_conditions(recorded, environment()):
-        _say(console, f"  {line}")
-    result = json.loads(json.dumps(run(config, console)))  # as a file has it
+    with _threads(recorded.get("hardware", {}).get("threads")):
+        for line in other_conditions(recorded, environment()):
+            _say(console, f"  {line}")
+        result = json.loads(json.dumps(run(config, console)))  # as a file has it
     if result["inputs"] != recorded["inputs"]:
         raise ValueError(
             f"{file} is of other data, or of other first weights: inputs {recorded['inputs']} there"
@@ -55,6 +59,17 @@ def repeat(arguments: Sequence[str], console: Console | None = None) -> bool:
         _say(console, line)
     _say(console, f"{len(changed)} numbers differ" if changed else "repeated: the same numbers")
     return not changed
+
+
+@contextmanager
+def _threads(recorded: int | None) -> Iterator[None]:
+    """As many threads as there, which sums depend on."""
+    here = torch.get_num_threads()
+    torch.set_num_threads(recorded or here)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(here)
 
 
 def _setting(argument: str) -> tuple[str, str]:
@@ -94,7 +109,10 @@ def _config(recorded: dict[str, Any], given: dict[str, str]) -> Config:
     for name, value in given.items():
         section, _, key = name.rpartition(".")
         (content[section] if section else content)[key] = _plain(value)
-    return read_config(content | {"output_dir": f"{content['output_dir']}/repeated"})
+    config = read_config(content | {"output_dir": f"{content['output_dir']}/repeated"})
+    if (run_folder(config) / "result.json").exists():
+        return config.model_copy(update={"resume": "never"})
+    return config
 
 
 def _plain(value: str) -> Any:
@@ -114,9 +132,10 @@ def other_conditions(recorded: dict[str, Any], here: dict[str, Any]) -> list[str
     if recorded.get("commit") != here["commit"] or recorded.get("uncommitted_changes"):
         changes = " with uncommitted changes" if recorded.get("uncommitted_changes") else ""
         lines.append(f"commit was {recorded.get('commit')}{changes}, is {here['commit']}")
-    threads = recorded.get("hardware", {}).get("threads")
-    if threads is not None and threads != here["hardware"]["threads"]:
-        lines.append(f"OMP_NUM_THREADS={threads} gives as many threads as there")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    there = recorded.get("processes", processes)
+    if there != processes:
+        lines.append(f"processes were {there}, are {processes}: start as many")
     return lines
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,14 +84,24 @@ def run(config: Any, console: Console | None = None) -> dict[str, Any]:
         if not accelerator.is_main_process:
             accelerator.wait_for_everyone()
             return _run(config, accelerator, folder, Console(quiet=True))
-        with locked(folder), left_only_if_used(folder):
-            if config.resume == "never":
-                set_aside(folder)
+        with _held(folder, config.resume):
             accelerator.wait_for_everyone()
             return _run(config, accelerator, folder, console or Console())
     finally:
         # A sweep makes one Accelerator after another; their settings would otherwise be shared.
         AcceleratorState._reset_state()
+
+
+@contextmanager
+def _held(folder: Path, resume: str) -> Iterator[None]:
+    """Keep other processes out of the folder; of a finished run, the folder is only read."""
+    if resume != "never" and (folder / "result.json").exists():
+        yield
+        return
+    with locked(folder), left_only_if_used(folder):
+        if resume == "never":
+            set_aside(folder)
+        yield
 
 
 def _run(

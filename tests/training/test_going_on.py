@@ -193,3 +193,13 @@ def test_a_best_checkpoint_elsewhere_is_not_this_runs(tmp_path, monkeypatch):
     result = run_quietly(tiny_config(tmp_path, "trainer.updates=6"))
     assert 3 < result["best"]["update"] <= 6
     assert (path.parent / "best.pt").exists()
+
+
+def test_a_finished_run_is_shown_where_nothing_can_be_written(tmp_path):
+    result = run_quietly(tiny_config(tmp_path))
+    folder = only(tmp_path, "result.json").parent
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()  # no one can open it, not even root
+    assert run_quietly(tiny_config(tmp_path)) == json.loads(json.dumps(result))
+    with pytest.raises(OSError, match="cannot be written: choose another output_dir="):
+        run_quietly(tiny_config(tmp_path, "resume=never"))

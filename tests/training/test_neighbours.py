@@ -1,5 +1,7 @@
 """What is said of other work on the cores."""
 
+import io
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -41,6 +43,38 @@ def test_a_busy_process_is_seen_and_this_one_is_not():
         cores = watched.cores()
         other.kill()
     assert 0.2 < cores <= os.cpu_count()
+
+
+def _work(seconds):
+    before = time.process_time()
+    while time.process_time() - before < seconds:
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells")
+def test_workers_are_not_others():
+    worker = multiprocessing.get_context("fork").Process(target=_work, args=(30,))
+    before = neighbours._others_and_now()
+    worker.start()
+    _work(0.5)
+    after = neighbours._others_and_now()
+    busy = neighbours._ticks(worker.pid) / os.sysconf("SC_CLK_TCK")
+    ran = neighbours._others_and_now()
+    worker.kill()
+    worker.join()
+    without = neighbours._others_and_now()  # what it did counts, now that it is gone
+    assert busy > 0.1
+    assert without[0] - ran[0] > 0.8 * busy
+    assert after[0] - before[0] < without[0] - before[0] - 0.8 * busy
+
+
+@pytest.mark.parametrize(("processes", "gpu"), [("2", False), ("1", True)])
+def test_it_is_not_said_of_several_processes_or_a_gpu(monkeypatch, processes, gpu):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    with ProgressDisplay(Console(file=io.StringIO()), "rows") as shown:
+        shown.start_at(0, 10)
+        assert shown.neighbours is None
 
 
 def test_where_the_system_does_not_tell(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 from tiny import only, run_quietly, tiny_config
 
@@ -43,13 +44,18 @@ def test_the_same_numbers(finished, tmp_path):
     again = only(tmp_path / "repeated", "result.json")
     assert again.parent.name == finished.parent.name
     assert json.loads(again.read_text())["metrics"] == json.loads(finished.read_text())["metrics"]
+    once_more, said = repeated(f"repeat={finished}", f"output_dir={tmp_path}")
+    assert once_more
+    assert "here is its result" not in said  # it was trained again, and the other one kept aside
+    assert len([*tmp_path.rglob("previous-*/result.json")]) == 1
 
 
 def test_numbers_that_differ_are_listed(finished, tmp_path):
     def change(content):
         content["metrics"]["test"]["top1"] += 1
         content["learned_scalars"]["output.ts"][1] = 0.25
-        content["hardware"]["threads"] = 77
+        content["hardware"]["device"] = "abacus"
+        content["processes"] = 4
         content |= {"commit": "0" * 40, "uncommitted_changes": False}
 
     copy = changed_copy(finished, tmp_path, change)
@@ -58,9 +64,18 @@ def test_numbers_that_differ_are_listed(finished, tmp_path):
     assert "metrics.test.top1: " in said
     assert "learned_scalars.output.ts.1: 0.25 recorded" in said
     assert said.splitlines()[-1] == "2 numbers differ"
-    assert "hardware.threads was 77" in said
-    assert "OMP_NUM_THREADS=77" in said
+    assert "hardware.device was abacus" in said
+    assert "processes were 4, are 1: start as many" in said
     assert f"commit was {'0' * 40}, is " in said
+
+
+def test_as_many_threads_as_recorded(finished, tmp_path):
+    here = torch.get_num_threads()
+    copy = changed_copy(finished, tmp_path, lambda content: content["hardware"].update(threads=2))
+    repeated(f"repeat={copy}", f"output_dir={tmp_path}")
+    again = only(tmp_path / "repeated", "result.json")
+    assert json.loads(again.read_text())["hardware"]["threads"] == 2
+    assert torch.get_num_threads() == here
 
 
 def test_differences_compare_what_only_one_has():

@@ -1,7 +1,5 @@
 """Small image data sets that are held in memory: Fashion-MNIST, embedded or from its files."""
 
-import gzip
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -21,6 +19,7 @@ from multimax.data.loading import (
     derive_seed,
     embedded_file,
     share,
+    unzipped,
 )
 from multimax.files import digest_parts
 from multimax.options import Probability, Whole, checked
@@ -211,10 +210,9 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     if not file.is_file():
         raise FileNotFoundError(f"neither {zipped} nor {path} exists; {_IDX_SOURCE}")
     try:
-        content = file.read_bytes()
-        content = gzip.decompress(content) if file == zipped else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file} is damaged or truncated ({error}); {_IDX_SOURCE}") from error
+        content = unzipped(file) if file == zipped else file.read_bytes()
+    except ValueError as error:
+        raise ValueError(f"{error}; {_IDX_SOURCE}") from error
     start = 4 + 4 * dimensions
     magic = bytes((0, 0, 8, dimensions))
     if content[:4] != magic or len(content) < start:

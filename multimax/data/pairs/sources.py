@@ -1,6 +1,5 @@
 """The translation data sets: their files, and their sentences as numbers."""
 
-import gzip
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from multimax.data.loading import SPLITS, LoadedData, embedded_file
+from multimax.data.loading import SPLITS, LoadedData, embedded_file, unzipped
 from multimax.data.pairs.batches import Pairs, Sentences, TokenEvalLoader, TokenTrainLoader
 from multimax.data.text.files import byte_pairs
 from multimax.data.vocabulary import BytePairs, BytePairSize, MosesSubwords, PairVocabulary
@@ -229,7 +228,7 @@ class LibreOfficeHelp(PairSource):
 
     def _columns(self, split: str) -> Iterator[Line]:
         file = embedded_file(self.name, f"libreoffice_help.de-en.{split}.tsv.gz")
-        for line in gzip.decompress(file.read_bytes()).decode().rstrip("\n").split("\n"):
+        for line in unzipped(file).decode().rstrip("\n").split("\n"):
             german, english = line.split("\t")
             yield german, english
 

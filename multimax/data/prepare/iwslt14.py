@@ -37,6 +37,7 @@ MERGES = 10_000
 MAX_WORDS, MAX_RATIO, MAX_CHARACTERS = 175, 1.5, 1000  # the last of a word: Moses' own limit
 VALID_EVERY = 23
 LARGEST = 2 * 10**8  # bytes of a file in the archive; the largest one has a tenth of that
+LARGEST_READ = 2**24  # bytes at once: the headers of an archive can promise any size
 
 
 def prepare(archive: Path, folder: Path, report: Callable[[str], None] = print) -> None:
@@ -181,6 +182,15 @@ def _parallel(raw: Path, name: str) -> Iterator[tuple[str, str]]:
             yield de.rstrip("\n"), en.rstrip("\n")
 
 
+class _Bounded(gzip.GzipFile):
+    """A gzip file of which no more than `LARGEST_READ` bytes are read at once."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= LARGEST_READ:
+            raise tarfile.ReadError(f"a part of {size:,} bytes is more than it can have")
+        return super().read(size)
+
+
 @contextmanager
 def _members(archive: Path, names: list[str]) -> Iterator[Callable[[str], Iterator[str]]]:
     """A function from the name of a file in the archive to its lines."""
@@ -190,7 +200,7 @@ def _members(archive: Path, names: list[str]) -> Iterator[Callable[[str], Iterat
             "2014-01 release"
         )
     try:
-        with tarfile.open(archive, "r:gz") as opened:
+        with _Bounded(archive) as stream, tarfile.open(fileobj=stream) as opened:
             found = {Path(member.name).name: member for member in opened if member.isfile()}
             missing = [name for name in names if name not in found]
             if missing:

@@ -1,7 +1,5 @@
 """Text from plain files as byte-level BPE: the embedded Wikipedia articles, or any other."""
 
-import gzip
-import zlib
 from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +8,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from multimax.data.loading import SPLITS, embedded_file
+from multimax.data.loading import SPLITS, embedded_file, unzipped
 from multimax.data.text.blocks import TextData
 from multimax.data.text.source import TextSource
 from multimax.data.vocabulary import BytePairSize, BytePairVocabulary
@@ -129,15 +127,11 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a text without their ends, which are "\\n" alone.
 
     Raises:
-        ValueError: the file is truncated, not UTF-8, or has no word.
+        ValueError: the file is truncated, not UTF-8, has no word, or is a gzip bomb.
     """
-    content = path.read_bytes()
+    content = unzipped(path) if path.name.endswith(".gz") else path.read_bytes()
     try:
-        if path.name.endswith(".gz"):
-            content = gzip.decompress(content)
         text = content.decode()
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}): copy it again") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 (byte {error.start} is {content[error.start]:#04x}): convert it, "

@@ -264,10 +264,10 @@ def test_missing_and_truncated_files_say_where_to_get_them(files):
         build_image_data("fashion_mnist")
     zipped = gzip.compress((root / LABELS).read_bytes())
     (root / f"{LABELS}.gz").write_bytes(zipped[:-9])
-    with pytest.raises(ValueError, match=rf"{LABELS}\.gz is damaged or truncated .*dataset-fash"):
+    with pytest.raises(ValueError, match=rf"{LABELS}\.gz is truncated or damaged .*dataset-fash"):
         build_image_data("fashion_mnist", root=root)
     (root / f"{LABELS}.gz").write_bytes(zipped[:12] + b"\xff" + zipped[13:])
-    with pytest.raises(ValueError, match=rf"{LABELS}\.gz is damaged or truncated"):
+    with pytest.raises(ValueError, match=rf"{LABELS}\.gz is truncated or damaged"):
         build_image_data("fashion_mnist", root=root)
     (root / f"{LABELS}.gz").unlink()
     (root / LABELS).unlink()

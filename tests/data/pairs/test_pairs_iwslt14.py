@@ -1,5 +1,7 @@
 import io
 import random
+import tarfile
+import tracemalloc
 
 import pytest
 from subword_nmt.learn_bpe import learn_bpe
@@ -304,6 +306,17 @@ class TestBadArchives:
     def test_a_file_that_unpacks_to_too_much(self, tmp_path, monkeypatch):
         monkeypatch.setattr("multimax.data.prepare.iwslt14.LARGEST", 10)
         self.attempt(tmp_path, members(), message=r"de-en\.tgz would be .* more than the 10 that")
+
+    def test_a_header_that_promises_too_much(self, tmp_path):
+        """A name of 100 MB, which tarfile would read whole; the archive itself has 0.1 MB."""
+        path = tmp_path / "de-en.tgz"
+        with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as archive:
+            archive.addfile(tarfile.TarInfo("a" * 10**8))
+        tracemalloc.start()
+        self.attempt(tmp_path, archive=path, message="part of 100,000,[0-9]+ bytes is more than")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10**8
 
     def test_a_file_of_it_is_missing(self, tmp_path):
         content = members()

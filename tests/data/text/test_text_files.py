@@ -128,6 +128,13 @@ def test_text_that_is_none(folder, tmp_path, content, problem):
         build(folder, tmp_path)
 
 
+def test_a_gzip_bomb_is_refused(folder, tmp_path):
+    (folder / "test.txt").unlink()
+    (folder / "test.txt.gz").write_bytes(gzip.compress(bytes(5 * 2**20)))
+    with pytest.raises(ValueError, match=r"test\.txt\.gz would be more than 1,[\d,]+ bytes, of 5,"):
+        build(folder, tmp_path)
+
+
 @pytest.mark.parametrize("change", [lambda b: b[:-9], lambda b: b"PK" + b[2:]])
 def test_damaged_archive(folder, tmp_path, change):
     (folder / "test.txt").unlink()
