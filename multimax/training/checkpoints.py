@@ -10,7 +10,7 @@ from torch import nn
 
 from multimax.files import load_checkpoint
 from multimax.training.optimization import normalizer_parameters
-from multimax.training.sharding import as_optimizer_state_of, as_state_of, whole
+from multimax.training.sharding import as_optimizer_state_of, as_state_of, gathered
 
 CHECKPOINT_FORMAT = 2
 WEIGHTS = ("format", "fingerprint", "inputs", "position", "model", "ema")
@@ -81,7 +81,12 @@ def _remedy(path: Path) -> str:
 
 
 def weights(
-    model: nn.Module, ema: nn.Module | None, position: Position, fingerprint: str, inputs: Inputs
+    model: nn.Module,
+    ema: nn.Module | None,
+    position: Position,
+    fingerprint: str,
+    inputs: Inputs,
+    keep: bool,
 ) -> dict[str, Any]:
     """The part of a checkpoint that evaluation needs.
 
@@ -91,14 +96,15 @@ def weights(
         position: where training is.
         fingerprint: see `Task`.
         inputs: of the run.
+        keep: whether this process wants sharded weights, see `gathered`.
     """
     return {
         "format": CHECKPOINT_FORMAT,
         "fingerprint": fingerprint,
         "inputs": asdict(inputs),
         "position": asdict(position),
-        "model": whole(model.state_dict()),
-        "ema": None if ema is None else whole(ema.state_dict()),
+        "model": gathered(model.state_dict(), keep),
+        "ema": None if ema is None else gathered(ema.state_dict(), keep),
     }
 
 

@@ -22,14 +22,48 @@ from multimax.parameters import normalizer_parameters
 GATHERED_ALONE = (Block, TransformerLayer)  # all else is gathered for the whole pass
 
 
-def shard(model: nn.Module) -> None:
-    """Leave each process its part of the weights, in place; all must have had the same ones."""
-    scalars = set(normalizer_parameters(model))
-    for module in model.modules():
-        # Keys and values of cross-attention are made outside of its layer.
-        if isinstance(module, GATHERED_ALONE) and getattr(module, "encoder_attn", None) is None:
-            fully_shard(module, ignored_params=scalars)
-    fully_shard(model, ignored_params=scalars)
+def shard(model: nn.Module, device: torch.device, averaged: nn.Module | None = None) -> None:
+    """Leave each process its part of the weights on its device, in place.
+
+    Layers are shared out one after the other, so that no device has the weights whole.
+
+    Args:
+        model: of the same weights in all processes; it can be elsewhere than on the device.
+        device: of this process.
+        averaged: a copy of the model `without_weights`, which gets the same, likewise sharded.
+    """
+    for scalar in normalizer_parameters(model):  # sharding moves all else
+        scalar.data = scalar.data.to(device)
+    networks = [model] if averaged is None else [model, averaged]
+    scalars = {scalar for network in networks for scalar in normalizer_parameters(network)}
+    modules = zip(*(network.modules() for network in networks), strict=True)
+    layers = [each for each in modules if _gathered_alone(each[0])]
+    for module, *others in [*layers, networks]:
+        for other in others:
+            _take_weights(other, module)
+        for each in (module, *others):
+            fully_shard(each, ignored_params=scalars)
+
+
+def _gathered_alone(module: nn.Module) -> bool:
+    # Keys and values of cross-attention are made outside of its layer.
+    return isinstance(module, GATHERED_ALONE) and getattr(module, "encoder_attn", None) is None
+
+
+def _take_weights(copied: nn.Module, model: nn.Module) -> None:
+    """Copy the weights that are not sharded yet."""
+    for own, other in zip(copied.parameters(), model.parameters(), strict=True):
+        if not isinstance(other, DTensor):
+            own.data = other.detach().clone()
+
+
+def without_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters are empty, and get their weights later."""
+    empty: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.new_empty(0), parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, empty)
 
 
 @contextlib.contextmanager
@@ -61,8 +95,7 @@ class WholeModel:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._plain: nn.Module = copy.deepcopy(model)
-        self._release()
+        self._plain: nn.Module = without_weights(model)
 
     @contextlib.contextmanager
     def of(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -70,25 +103,35 @@ class WholeModel:
         for own, other in zip(self._plain.parameters(), model.parameters(), strict=True):
             own.data = whole(other.detach())
         for own, other in zip(self._plain.buffers(), model.buffers(), strict=True):
-            own.copy_(other)
+            own.data = other.detach().clone()  # the copy was made before the model was moved
         self._plain.eval()
         try:
             yield self._plain
         finally:
-            self._release()
-
-    def _release(self) -> None:
-        for parameter in self._plain.parameters():
-            parameter.data = parameter.data.new_empty(0)
+            for own in self._plain.parameters():
+                own.data = own.data.new_empty(0)
 
 
-def whole(value: Any) -> Any:
-    """The value with whole tensors in the place of sharded ones; all processes must call it."""
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(value: Any, keep: bool) -> Any:
+    """The value with whole tensors, on the CPU, in the place of sharded ones.
+
+    All processes must call it. A device has one of the tensors whole at a time.
+
+    Args:
+        value: a tensor, or mappings and lists of tensors and others.
+        keep: whether this process wants them; else None is in their place.
+    """
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        tensor = value.full_tensor()
+        return tensor.cpu() if keep else None
     if isinstance(value, Mapping):
-        return {key: whole(content) for key, content in value.items()}
-    return [whole(content) for content in value] if isinstance(value, list) else value
+        return {key: gathered(content, keep) for key, content in value.items()}
+    return [gathered(content, keep) for content in value] if isinstance(value, list) else value
 
 
 def local(tensor: Tensor) -> Tensor:

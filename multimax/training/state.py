@@ -27,7 +27,7 @@ from multimax.training.config import Config
 from multimax.training.folder import KEPT, kept
 from multimax.training.optimization import LearningRate, build_optimizer
 from multimax.training.random_state import random_state
-from multimax.training.sharding import WholeModel, shard, whole
+from multimax.training.sharding import WholeModel, gathered, shard, without_weights
 
 
 class RunState:
@@ -76,19 +76,21 @@ class RunState:
         self.total_updates: int = length * self.updates_per_unit
         self.position: Position = Position()
 
-        task.model.to(accelerator.device)
+        if not options.shard:  # which moves it by its layers
+            task.model.to(accelerator.device)
         if options.channels_last:
             cast(Any, task.model).to(memory_format=torch.channels_last)
         decay = options.ema_decay
         self.ema: ModelEmaV3 | None = None
         if decay is not None:
             # A state dict has a tied tensor twice: it would be averaged twice, parameters are once.
-            self.ema = ModelEmaV3(task.model, decay=decay, exclude_buffers=True)
+            start = without_weights(task.model) if options.shard else task.model
+            self.ema = ModelEmaV3(start, decay=decay, exclude_buffers=True)
         self._whole: WholeModel | None = None
         if options.shard:
             self._whole = WholeModel(task.model)
-            for model in (task.model, *([] if self.ema is None else [self.ema.module])):
-                shard(model)
+            averaged = None if self.ema is None else self.ema.module
+            shard(task.model, accelerator.device, averaged)
         if options.compile:
             task.model.compile()
         optimizer = build_optimizer(task.model, config.optimizer)
@@ -128,11 +130,12 @@ class RunState:
     def save(self) -> None:
         """Write `last.pt`: all that resuming needs, of all processes."""
         scaler = self.accelerator.scaler
+        main = self.accelerator.is_main_process
         self._save(
             self.last_checkpoint,
             updates_per_epoch=self.updates_per_epoch,
             optimizer_name=self.config.optimizer.name,
-            optimizer=whole(self.optimizer.state_dict()),
+            optimizer=gathered(self.optimizer.state_dict(), main),
             scaler=None if scaler is None else scaler.state_dict(),
             # Of a resumed run that has not trained yet, the generators are still elsewhere.
             random_states=gather_object([self.saved_random_state or random_state()]),
@@ -192,8 +195,10 @@ class RunState:
 
     def _save(self, path: Path, **state: Any) -> None:
         ema = None if self.ema is None else self.ema.module
-        networks = weights(self.task.model, ema, self.position, self.task.fingerprint, self.inputs)
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        now = self.position, self.task.fingerprint, self.inputs
+        networks = weights(self.task.model, ema, *now, keep=main)
+        if main:
             save_checkpoint(path, networks | state)
 
     def _load_weights(self, state: dict[str, Any], path: Path) -> None:
