@@ -5,8 +5,12 @@ python train.py --help
 python train.py repeat=results/runs/small/deit/RUN.json    # the same run again: the same numbers?
 """
 
-import logging
+# ruff: noqa: E402 (imports last for seconds, in which the launcher can go)
 import os
+
+LAUNCHER = os.getppid()
+
+import logging
 import sys
 
 import hydra
@@ -25,6 +29,7 @@ from multimax.training.command_line import (
 )
 from multimax.training.repeat import repeat
 from multimax.training.run import run
+from multimax.training.signals import end_with_launcher
 from multimax.training.sweep import run_job
 from multimax.training.trainer import InterruptedRunError
 
@@ -69,6 +74,7 @@ def repeat_run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_launcher(LAUNCHER)
     try:
         slurm.adopt(os.environ)
     except ValueError as error:

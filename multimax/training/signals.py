@@ -14,6 +14,23 @@ from typing import Any
 from multimax.data.workers import STOP_SIGNALS, signal_at_death_of_parent
 
 
+def end_with_launcher(launcher: int) -> None:
+    """Let this process get SIGTERM when the torchrun that started it ends, however that is.
+
+    Does nothing in other processes, and on other systems than Linux.
+
+    Args:
+        launcher: the parent of this process when it began.
+
+    Raises:
+        SystemExit: the launcher has gone already.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_at_death_of_parent(signal.SIGTERM)
+        if os.getppid() != launcher:
+            raise SystemExit("error: the launcher of this process has gone")
+
+
 class StopSignal:
     """Whether this process has been asked to stop, while it is a context.
 
@@ -27,7 +44,7 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         # A launcher that is killed cannot tell its processes any more.
         of_joblib = multiprocessing.current_process().name.startswith("Loky")
-        if sys.platform == "linux" and (of_joblib or "TORCHELASTIC_RUN_ID" in os.environ):
+        if sys.platform == "linux" and of_joblib:
             signal_at_death_of_parent(signal.SIGTERM)
         self._previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
         return self
