@@ -41,12 +41,12 @@ OPTIONS = (
 )
 
 
-def launch(folder, *overrides):
+def launch(folder, *overrides, script="train.py"):
     """Both processes, by torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.Popen(
-        [*launcher, "train.py", *tiny_overrides(folder, *OPTIONS, *overrides)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        [*launcher, script, *tiny_overrides(folder, *OPTIONS, *overrides)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -69,3 +69,46 @@ def test_a_launcher_that_went_before_the_signal_was_asked_for(monkeypatch):
     with pytest.raises(SystemExit, match="the launcher of this process has gone"):
         signals.end_with_launcher(-1)
     assert asked == [signal.SIGTERM] * 2
+
+
+BREAK = """
+import os, runpy, signal
+from multimax.training.trainer import Trainer
+
+real = Trainer._update
+
+def update(self, group):
+    if os.environ["RANK"] == "1" and self.position.update == 7:
+        open({sign!r}, "w").close()
+        {breaks}
+    return real(self, group)
+
+Trainer._update = update
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("breaks", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+        ("raise RuntimeError('broken here')", "RuntimeError: broken here"),
+    ],
+)
+def test_all_end_with_a_process_that_breaks(tmp_path, breaks, said):
+    """The last checkpoint, of the evaluation before, stays as it was."""
+    script, sign = tmp_path / "break.py", tmp_path / "broken"
+    script.write_text(BREAK.format(sign=str(sign), breaks=breaks))
+    launcher = launch(tmp_path, LONG, "trainer.evaluate_every=5", script=script)
+    try:
+        wait(launcher, sign.exists)
+        output, _ = launcher.communicate(timeout=20)
+    finally:
+        launcher.terminate()
+    assert launcher.returncode > 0
+    assert said in output
+    (saved,) = tmp_path.rglob("last.pt")
+    position = load_checkpoint(saved)["position"]
+    assert (position["update"], position["due"]) == (5, False)
+    assert not list(tmp_path.rglob(".*.partial"))
