@@ -1,7 +1,11 @@
-"""The mean of the weights of several checkpoints of a run, as fairseq and timm average them.
+"""The mean of the weights of several checkpoints of a run.
+
+fairseq averages the last ones, timm the best ones on validation data:
 
     python train.py experiment=mt_multimax +trainer.keep=5
-    python -m multimax.training.average RUN         # RUN/averaged.pt, of all that is kept
+    python -m multimax.training.average RUN              # RUN/averaged.pt, of all that is kept
+    python -m multimax.training.average RUN --last 3
+    python -m multimax.training.average RUN --best 3     # of those that are kept
     python -m multimax.evaluate RUN/averaged.pt
     python -m multimax.training.average RUN/update-900.pt RUN/update-1000.pt --output RUN/two.pt
 
@@ -16,8 +20,11 @@ from typing import Any
 from torch import Tensor
 
 from multimax.files import load_checkpoint, save_checkpoint
+from multimax.tasks import TASKS
 from multimax.training.checkpoints import CHECKPOINT_FORMAT, WEIGHTS
 from multimax.training.folder import KEPT, kept
+from multimax.training.loggers import METRICS, entries_until
+from multimax.training.trained import read_run
 
 
 def average(paths: Sequence[Path]) -> dict[str, Any]:
@@ -82,13 +89,40 @@ def _check_alike(
         raise ValueError(f"{path} is of other data than {first}")
 
 
+def best(paths: Sequence[Path], number: int) -> list[Path]:
+    """Those with the best values of the task's monitored metric, in their order.
+
+    Args:
+        paths: checkpoints that `trainer.keep` left in a run folder, the oldest first.
+        number: how many; of equally good ones the oldest.
+
+    Raises:
+        FileNotFoundError: the run folder lacks config.yaml.
+        ValueError: fewer of them were evaluated, or config.yaml is damaged.
+    """
+    task = TASKS[read_run(paths[-1])[1].task.name]
+    updates = {path: int(path.stem.partition("-")[2]) for path in paths}
+    entries = entries_until(paths[-1].with_name(METRICS), updates[paths[-1]], evaluated=True)
+    known = [entry for entry in entries if entry.get(task.monitor) is not None]
+    values = {entry["update"]: entry[task.monitor] for entry in known}
+    found = [path for path in paths if updates[path] in values]
+    if len(found) < number:
+        raise ValueError(
+            f"{METRICS} has {task.monitor} of {len(found)} checkpoints: --best {number}"
+        )
+    found.sort(key=lambda path: values[updates[path]], reverse=task.higher_is_better)
+    return sorted(found[:number], key=updates.__getitem__)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Average what the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("paths", nargs="+", type=Path, help="a run folder, or checkpoints")
-    parser.add_argument("--last", type=int, help="only so many of a run folder, the newest")
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--last", type=int, help="only so many of a run folder, the newest")
+    part.add_argument("--best", type=int, help="only so many of a run folder, by validation")
     parser.add_argument("--output", type=Path, help="averaged.pt in the folder if left out")
     parsed = parser.parse_args(arguments)
     try:
@@ -98,10 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if len(paths) > 1:
                 raise ValueError("give one run folder, or checkpoint files")
             paths = kept(folder)
+        elif parsed.best is not None:
+            raise ValueError(f"--best {parsed.best} needs a run folder: give {folder}")
+        for option, number in (("--last", parsed.last), ("--best", parsed.best)):
+            if number is not None and not 1 <= number <= len(paths):
+                raise ValueError(f"{option} {number}: {folder} has {len(paths)} checkpoints")
         if parsed.last is not None:
-            if not 1 <= parsed.last <= len(paths):
-                raise ValueError(f"--last {parsed.last}: {folder} has {len(paths)} checkpoints")
             paths = paths[-parsed.last :]
+        if parsed.best is not None:
+            paths = best(paths, parsed.best)
         state = average(paths)
         output = parsed.output or folder / "averaged.pt"
         save_checkpoint(output, state)

@@ -8,6 +8,7 @@ from tiny import only, run_quietly, tiny_config
 
 from multimax import evaluate
 from multimax.files import load_checkpoint, save_checkpoint
+from multimax.tasks.image_classification import ImageClassification
 from multimax.training.average import average, main
 from multimax.training.config import config_hash, read_config
 from multimax.training.folder import kept
@@ -42,6 +43,29 @@ def test_the_last_evaluations_are_kept_and_their_mean_is_evaluated(tmp_path, cap
     recorded = json.loads((folder / "result.json").read_text())["metrics"]["test"]
     assert figures.keys() == recorded.keys()
     assert figures["loss"] != recorded["loss"]
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_best_of_those_that_are_kept(tmp_path, capsys, monkeypatch, higher):
+    monkeypatch.setattr(ImageClassification, "higher_is_better", higher)
+    run_quietly(tiny_config(tmp_path, "trainer.updates=10", "+trainer.keep=4"))
+    folder = only(tmp_path, "result.json").parent
+    values = {2: 99.0, 4: 30.0, 6: 10.0, 8: 30.0, 10: 20.0}  # the first is not kept any more
+    lines = [{"update": 4, "train/loss": 1.0}, {"update": 12, "valid/top1": 50.0}]
+    lines += [{"update": update, "valid/top1": value} for update, value in values.items()]
+    file = folder / "metrics.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main([str(folder), "--best", "1"])
+    assert f"the mean of update-{4 if higher else 6}.pt" in capsys.readouterr().out
+    main([str(folder), "--best", "3"])
+    mean = [4, 8, 10] if higher else [4, 6, 10]
+    said = ", ".join(f"update-{update}.pt" for update in mean)
+    assert f"averaged.pt: the mean of {said}\n" in capsys.readouterr().out
+    file.write_text(json.dumps({"update": 8, "valid/top1": None}) + "\n")
+    with pytest.raises(
+        SystemExit, match=r"metrics\.jsonl has valid/top1 of 0 checkpoints: --best 1"
+    ):
+        main([str(folder), "--best", "1"])
 
 
 def test_what_is_kept_is_no_part_of_what_is_computed(tmp_path):
@@ -91,6 +115,8 @@ def test_checkpoints_that_do_not_belong_together_are_refused(tmp_path, changes, 
         (["{}"], r"there are no checkpoints update-\*\.pt: train with \+trainer\.keep=5"),
         (["{}", "{}"], "give one run folder, or checkpoint files"),
         (["{}/1.pt", "--last", "2"], "--last 2: .* has 1 checkpoints"),
+        (["{}", "--best", "1"], "--best 1: .* has 0 checkpoints"),
+        (["{}/1.pt", "--best", "1"], "--best 1 needs a run folder: give .*"),
         (["{}/none.pt"], "no checkpoint at"),
     ],
 )
