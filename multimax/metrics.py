@@ -44,6 +44,8 @@ def multi_modality(
     Source: Zhou et al., MultiMax, ICML 2024, Definition 1.
     """
     p, x, mask = _prepare(probabilities, scores, mask)
+    if x.dim() and not x.size(dim):  # of no entry torch has no largest one
+        return _mean(p, mask, dim)
     largest_score = x.where(mask, -math.inf).amax(dim, keepdim=True)
     largest = p.where(mask, 0.0).amax(dim, keepdim=True)
     relevant = mask & (x > threshold) & (x < largest_score)

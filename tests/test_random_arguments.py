@@ -13,7 +13,13 @@ from normalizer_cases import CASES, build_case
 
 from multimax import metrics
 from multimax.attention import attention
-from multimax.losses import linear_output_loss, output_loss
+from multimax.losses import (
+    entmax15_loss,
+    fenchel_young_loss,
+    linear_output_loss,
+    output_loss,
+    sparsemax_loss,
+)
 
 pytestmark = pytest.mark.slow
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -24,7 +30,18 @@ MEASURES = {
     "top_k_mass": lambda p, _scores, dim, _mask: metrics.top_k_mass(p, 2, dim),
     "sparsity": lambda p, scores, dim, mask: metrics.sparsity(p, scores, 0.1, 0.2, dim, mask),
     "softmax_reference": lambda _p, scores, dim, mask: metrics.softmax_reference(scores, dim, mask),
+    "uniform_reference": lambda _p, scores, dim, mask: metrics.uniform_reference(scores, dim, mask),
     "row_mean": lambda _p, scores, dim, mask: metrics.row_mean(scores, dim, mask),
+    "multi_modality": lambda p, scores, dim, mask: metrics.multi_modality(p, scores, 0, dim, mask),
+}
+LOSSES = {
+    "sparsemax_loss": sparsemax_loss,
+    "entmax15_loss": entmax15_loss,
+    "fenchel_young_loss": functools.partial(fenchel_young_loss, alpha=1.3),
+    **{
+        case: lambda x, y, case=case, **options: output_loss(module_of(case), x, y, **options)
+        for case in ("softmax-learned", "multimax", "sparsemax", "entmax-1.2", "topk")
+    },
 }
 
 
@@ -109,6 +126,23 @@ def test_normalizers(case, data):
         assert tensor.isfinite().all()
 
 
+@pytest.mark.parametrize("case", CASES)
+@settings(max_examples=10)
+@given(data=st.data())
+def test_normalizers_under_vmap(case, data):
+    scores, dim, _ = data.draw(tensors(least=2))
+    batch = data.draw(st.integers(0, scores.dim() - 1))
+    if not scores.size(batch):  # which vmap refuses
+        return
+    of_row = dim % scores.dim()
+    if of_row == batch:
+        return
+    module = module_of(case)
+    found = torch.vmap(lambda x: module(x, of_row - (batch < of_row)), batch, batch)(scores)
+    eps = torch.finfo(scores.dtype).eps
+    torch.testing.assert_close(found, module(scores, dim), rtol=8 * eps, atol=8 * eps)
+
+
 @pytest.mark.parametrize("name", MEASURES)
 @settings(max_examples=25)
 @given(data=st.data())
@@ -159,10 +193,10 @@ def test_attention(case, backend, data):
         assert tensor.isfinite().all()
 
 
-@pytest.mark.parametrize("case", ["softmax-learned", "multimax", "sparsemax", "entmax-1.2", "topk"])
+@pytest.mark.parametrize("name", LOSSES)
 @settings(max_examples=30)
 @given(data=st.data())
-def test_output_losses(case, data):
+def test_losses_of_scores(name, data):
     scores, _, _ = data.draw(tensors(least=2, most=3))
     if not scores.size(-1):
         return
@@ -176,8 +210,7 @@ def test_output_losses(case, data):
         "label_smoothing": data.draw(st.sampled_from([0.0, 0.3])),
         "reduction": data.draw(st.sampled_from(["mean", "sum", "none"])),
     }
-    module = module_of(case)
-    assert_as_of_copies(lambda x, y: output_loss(module, x, y, **options), [scores], target)
+    assert_as_of_copies(lambda x, y: LOSSES[name](x, y, **options), [scores], target)
 
 
 @settings(max_examples=30)
