@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -44,6 +45,7 @@ from multimax.training.result import (
     print_result,
     print_rows,
 )
+from multimax.training.slurm import requeued
 from multimax.training.trainer import Trainer
 
 # What a result that is read back must have to be shown.
@@ -81,6 +83,8 @@ def run(config: Any, console: Console | None = None) -> dict[str, Any]:
         if config.trainer.dry_run:
             return dry_run(config, accelerator, console or Console())
         folder = run_folder(config)
+        if requeued(os.environ):
+            config = _going_on(config, folder)
         if not accelerator.is_main_process:
             accelerator.wait_for_everyone()
             return _run(config, accelerator, folder, Console(quiet=True))
@@ -257,6 +261,12 @@ def _digest_of_weights(config: Config) -> str | None:
     if not path.is_file():
         raise FileNotFoundError(f"weights={path} must be a checkpoint file: there is none")
     return digest_file(path)
+
+
+def _going_on(config: Config, folder: Path) -> Config:
+    """A configuration whose `resume` has been heeded before, by the same job of a cluster."""
+    begun = config.resume == "never" or (folder / "last.pt").exists()
+    return config.model_copy(update={"resume": "auto"}) if begun else config
 
 
 def _checkpoint_to_resume(config: Config, trainer: Trainer) -> Path | None:

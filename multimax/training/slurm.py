@@ -1,7 +1,7 @@
 """The place of a process among those that `srun` started, under the names that PyTorch reads."""
 
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 FIRST_PORT, PORTS = 15_000, 10_000
 
@@ -46,12 +46,17 @@ def adopt(environment: MutableMapping[str, str]) -> None:
     )
 
 
+def requeued(environment: Mapping[str, str]) -> bool:
+    """Whether this job has been queued again, so that it goes on with what it began."""
+    return int(environment.get("SLURM_RESTART_COUNT") or 0) > 0
+
+
 def first_node(nodes: str) -> str:
     """The first of a list of nodes as SLURM writes it, such as "gpu[07-09,12],login1"."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?([^,]*)", nodes)
-    if match is None:
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
         raise ValueError(f"SLURM_STEP_NODELIST={nodes!r} names no node: set MASTER_ADDR")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
 
 
 def tasks_per_node(counts: str) -> list[int]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny import interrupted, only, run_quietly, tiny_config
+from tiny import history, interrupted, only, run_quietly, tiny_config
 
 from multimax.files import load_checkpoint, save_checkpoint
 from multimax.training.trainer import Trainer
@@ -103,6 +103,24 @@ def test_what_a_folder_holds_is_set_aside_for_another_beginning(tmp_path, monkey
     assert load_checkpoint(folder / "previous-1" / "last.pt")["position"]["update"] == 1
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert min(line["update"] for line in lines) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("began", ["never", "with another"])
+def test_a_job_that_is_queued_again_goes_on(tmp_path, monkeypatch, began):
+    """Whatever `resume` says, which holds for its beginning: here after update 0 or 4."""
+    resume, start, origin = "never", 0, None
+    if began == "with another":
+        run_quietly(tiny_config(tmp_path / "first"))
+        resume, start = only(tmp_path / "first", "last.pt"), 4
+        origin = f"resumed from {resume} at update 4"
+    folder, options = tmp_path / "job", (f"resume={resume}", f"trainer.updates={start + 4}")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # already, as it was preempted on its way
+    interrupted(tiny_config(folder, *options), monkeypatch, start + 2)
+    assert run_quietly(tiny_config(folder, *options))["origin"] == origin
+    updates = [entry["update"] for entry in history(folder) if "train/loss" in entry]
+    assert updates == list(range(start + 1, start + 5))
+    assert not list(folder.rglob("previous-*"))
 
 
 def spoil_result(folder):

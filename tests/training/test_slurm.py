@@ -56,6 +56,7 @@ def test_what_srun_did_not_say_is_named():
     [
         ("node7", "node7"), ("a,b[1-3]", "a"), ("gpu[007,009-012],x1", "gpu007"),
         ("rack2-gpu[3-4].cluster,z", "rack2-gpu3.cluster"), ("n[01-02]", "n01"),
+        ("rack[1-2]-gpu[3-4],z", "rack1-gpu3"), ("a[2,4]b[07]c,d[1]", "a2b07c"),
     ],
 )  # fmt: skip
 def test_first_of_a_list_of_nodes(nodes, first):
@@ -71,7 +72,7 @@ def test_counts_of_processes():
 def test_batch_script_queues_an_interrupted_run_again(tmp_path, code, queued):
     said = tmp_path / "scontrol.said"
     programs = {
-        "srun": f'#!/bin/sh\necho "$@" > {tmp_path}/srun.said\nexit {code}\n',
+        "srun": f'#!/bin/sh\necho $SRUN_CPUS_PER_TASK "$@" > {tmp_path}/srun.said\nexit {code}\n',
         "scontrol": f'#!/bin/sh\necho "$@" >> {said}\n',
     }
     for name, text in programs.items():
@@ -80,9 +81,11 @@ def test_batch_script_queues_an_interrupted_run_again(tmp_path, code, queued):
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [ROOT / "scripts" / "slurm" / "train.sbatch", "experiment=deit_multimax", "seed=1"],
-        env=os.environ | {"PATH": path, "SLURM_JOB_ID": "77", "PYTHON": "python3"},
+        env=os.environ
+        | {"PATH": path, "SLURM_JOB_ID": "77", "PYTHON": "python3"}
+        | {"SLURM_CPUS_PER_TASK": "6"},
     )
     assert done.returncode == code
     started = (tmp_path / "srun.said").read_text()
-    assert started == "--kill-on-bad-exit=1 python3 train.py experiment=deit_multimax seed=1\n"
+    assert started == "6 --kill-on-bad-exit=1 python3 train.py experiment=deit_multimax seed=1\n"
     assert (said.read_text() if said.exists() else "") == queued
