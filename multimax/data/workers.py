@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 STOP_SIGNALS = tuple(
     getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
     if hasattr(signal, name)  # Windows lacks some
 )
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl

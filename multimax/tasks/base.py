@@ -21,6 +21,10 @@ LARGEST_LOSS = 700  # nats; beyond it the perplexity is no number
 DIVERGED = "training has diverged. Lower optimizer.lr or set trainer.clip_norm"
 
 
+class DivergedError(FloatingPointError):
+    """A loss over the data of all processes is not finite, and so in each of them."""
+
+
 class Task(ABC):
     """Data, model and loss of a task.
 
@@ -194,12 +198,12 @@ def check_counted(split: str, counted: float, expected: int, unit: str) -> None:
 
 
 def check_not_diverged(split: str, loss_per_token: float, *others: float) -> None:
-    """Raise FloatingPointError for means, in nats, that have no perplexity."""
+    """Raise DivergedError for means, in nats, that have no perplexity."""
     if not all(mean < LARGEST_LOSS for mean in (loss_per_token, *others)):
-        raise FloatingPointError(f"the {split} loss is {loss_per_token:.4g} per token: {DIVERGED}")
+        raise DivergedError(f"the {split} loss is {loss_per_token:.4g} per token: {DIVERGED}")
 
 
 def check_finite(split: str, loss: float) -> None:
-    """Raise FloatingPointError for a loss that is infinite or not a number."""
+    """Raise DivergedError for a loss that is infinite or not a number."""
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the {split} loss is {loss}: {DIVERGED}")
+        raise DivergedError(f"the {split} loss is {loss}: {DIVERGED}")

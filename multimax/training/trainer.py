@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor.experimental import implicit_replication
 
+from multimax.data.workers import STOP_SIGNALS
 from multimax.parameters import normalizer_parameters
-from multimax.tasks.base import Task
+from multimax.tasks.base import DivergedError, Task
 from multimax.training.config import Config
 from multimax.training.evaluation import evaluate
 from multimax.training.loggers import Logger, ProgressDisplay
@@ -26,7 +27,15 @@ from multimax.training.state import RunState
 
 
 class InterruptedRunError(Exception):
-    """The run was asked to stop; its state is saved."""
+    """The run was asked to stop; its state is saved.
+
+    Attributes:
+        signals: the numbers of those that asked, whichever process they came to.
+    """
+
+    def __init__(self, message: str, signals: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.signals: tuple[int, ...] = tuple(signals)
 
 
 class Trainer(RunState):
@@ -59,7 +68,7 @@ class Trainer(RunState):
 
         Raises:
             InterruptedRunError: a signal arrived (see `StopSignal`); the state is on disk.
-            FloatingPointError: the loss is not finite; the message says which tensor is to blame.
+            DivergedError: the loss is not finite; the message says which tensor is to blame.
         """
         end = self.total_updates if stop_after is None else min(stop_after, self.total_updates)
         with self._stop, self.display or contextlib.nullcontext():
@@ -125,7 +134,7 @@ class Trainer(RunState):
         finite = self.accelerator.scaler is not None or all(math.isfinite(norm) for norm in norms)
         if not (math.isfinite(mean_loss) and finite):
             with self.accelerator.autocast():
-                raise FloatingPointError(
+                raise DivergedError(
                     describe_non_finite(self.task, group, self.position.update, mean_loss)
                 )
         self.clip.clip(norms)
@@ -163,12 +172,12 @@ class Trainer(RunState):
         options, position = self.config.trainer, self.position
         units, odd = divmod(position.update, self.updates_per_unit)
         done = position.update == self.total_updates
-        stop = self._stop_requested()
+        signals = self._signals()
         position.due = done or (not odd and units % options.evaluate_every == 0)
-        if position.due or stop:
+        if position.due or signals:
             self.save()  # before an evaluation, which can last longer than a cluster waits
-        if stop:
-            raise self._interrupted()
+        if signals:
+            raise self._interrupted(signals)
         if position.due:
             self._evaluate_and_save()
 
@@ -178,8 +187,9 @@ class Trainer(RunState):
         self.position.due = False
         self.save()
 
-    def _interrupted(self) -> InterruptedRunError:
-        return InterruptedRunError(f"stopped by a signal after update {self.position.update}")
+    def _interrupted(self, signals: Iterable[int]) -> InterruptedRunError:
+        said = f"stopped by a signal after update {self.position.update}"
+        return InterruptedRunError(said, signals)
 
     def evaluate_and_keep_best(self) -> None:
         """Evaluate on the split of the task's monitored metric and keep the weights if best.
@@ -235,11 +245,13 @@ class Trainer(RunState):
     def _stop_in_evaluation(self) -> None:
         """End an evaluation at once: `save` came before it, and its processes need not agree."""
         if self._stop.requested:
-            raise self._interrupted()
+            raise self._interrupted(self._stop.received)
 
-    def _stop_requested(self) -> bool:
-        """Whether any process got a signal; all of them must agree on the update to stop after."""
+    def _signals(self) -> set[int]:
+        """Those that any process got; all of them must agree on the update to stop after."""
+        received = self._stop.received
         if self.accelerator.num_processes == 1:
-            return self._stop.requested
-        flag = torch.tensor(float(self._stop.requested), device=self.accelerator.device)
-        return self._sum(flag).item() > 0
+            return received
+        flags = [float(number in received) for number in STOP_SIGNALS]
+        counts = self._sum(torch.tensor(flags, device=self.accelerator.device)).tolist()
+        return {number for number, count in zip(STOP_SIGNALS, counts, strict=True) if count}

@@ -1,11 +1,15 @@
 """What is summed over processes and exchanged between them, with other processes imitated."""
 
 import contextlib
+import signal
 
 import pytest
+import torch
 from accelerate import Accelerator
 from test_updates import SGD
 from tiny import Regression, assert_same, build_trainer
+
+from multimax.data.workers import STOP_SIGNALS
 
 
 @pytest.fixture
@@ -48,8 +52,9 @@ def test_gradients_are_exchanged_with_the_last_batch_of_an_update(trainer, monke
 @pytest.mark.parametrize("other", [None, False, True])
 def test_all_processes_stop_if_one_is_asked_to(trainer, monkeypatch, own, other):
     """None: there is no other process."""
+    asked = torch.tensor([float(number == signal.SIGUSR2) for number in STOP_SIGNALS])
     if other is not None:
         monkeypatch.setattr(Accelerator, "num_processes", 2)
-        monkeypatch.setattr(trainer.accelerator, "reduce", lambda tensor: tensor + other)
-    trainer._stop.requested = own
-    assert trainer._stop_requested() == bool(own or other)
+        monkeypatch.setattr(trainer.accelerator, "reduce", lambda tensor: tensor + other * asked)
+    trainer._stop.received |= {signal.SIGUSR2} if own else set()
+    assert trainer._signals() == ({signal.SIGUSR2} if own or other else set())

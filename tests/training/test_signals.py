@@ -10,15 +10,15 @@ import pytest
 from forked import Forked
 from tiny import ROOT, outcome, run_quietly, tiny_config, tiny_overrides
 
-from multimax.training.signals import StopSignal
+from multimax.training.signals import StopSignal, hand_on
 from multimax.training.trainer import InterruptedRunError, Trainer
 
 
 def test_every_wish_to_stop_saves_and_goes_on(tmp_path, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_quietly(tiny_config(whole, "trainer.updates=5"))
+    run_quietly(tiny_config(whole, "trainer.updates=6"))
     real = Trainer._update
-    for update, name in enumerate(("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"), 1):
+    for update, name in enumerate(("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGUSR2"), 1):
 
         def signalled(self, group, name=name):
             os.kill(os.getpid(), getattr(signal, name))
@@ -27,8 +27,8 @@ def test_every_wish_to_stop_saves_and_goes_on(tmp_path, monkeypatch):
         with monkeypatch.context() as context:
             context.setattr(Trainer, "_update", signalled)
             with pytest.raises(InterruptedRunError, match=rf"after update {update}$"):
-                run_quietly(tiny_config(parts, "trainer.updates=5"))
-    run_quietly(tiny_config(parts, "trainer.updates=5"))
+                run_quietly(tiny_config(parts, "trainer.updates=6"))
+    run_quietly(tiny_config(parts, "trainer.updates=6"))
     assert outcome(parts) == outcome(whole)
 
 
@@ -41,6 +41,22 @@ def test_only_a_second_ctrl_c_does_not_wait():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_handler_from_before_gets_the_signal_once_the_state_is_saved():
+    """As submitit's, which queues the job again; none is of Ctrl-C, or of a signal by itself."""
+    got = []
+    before = signal.signal(signal.SIGUSR2, lambda number, _: got.append(number))
+    try:
+        with StopSignal() as stop:
+            for number in (signal.SIGINT, signal.SIGUSR2, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+        assert not got
+        assert hand_on(stop.received)
+        assert got == [signal.SIGUSR2]
+        assert not hand_on([signal.SIGTERM, signal.SIGINT])
+    finally:
+        signal.signal(signal.SIGUSR2, before)
 
 
 KILLED = """

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -186,7 +187,7 @@ def test_an_evaluation_is_between_two_states_on_disk(tmp_path):
 
 def test_a_signal_in_the_last_update_comes_before_its_evaluation(tmp_path):
     first = trained(tmp_path, 3)
-    first._stop.requested = True
+    first._stop.received.add(signal.SIGTERM)
     with pytest.raises(InterruptedRunError, match=r"after update 4$"):
         first.fit()
     assert len(first.loggers[0].series("valid/loss")) == 1  # after update 2
@@ -222,7 +223,7 @@ def test_an_error_in_an_evaluation_is_not_lost(tmp_path, stop, error):
     trainer = trained(tmp_path, 1)
 
     def fails(*_):
-        trainer._stop.requested = stop
+        trainer._stop.received |= {signal.SIGTERM} if stop else set()
         raise RuntimeError("stopped by the network")
 
     trainer.task.evaluate = fails

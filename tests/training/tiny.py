@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 from functools import cache
 from pathlib import Path
 
@@ -198,7 +199,8 @@ def interrupted(config, monkeypatch, update):
     real = Trainer._update
 
     def update_and_stop(self, group):
-        self._stop.requested |= self.position.update + 1 == update
+        if self.position.update + 1 == update:
+            self._stop.received.add(signal.SIGTERM)
         return real(self, group)
 
     with monkeypatch.context() as context:
