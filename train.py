@@ -29,8 +29,8 @@ from multimax.training.command_line import (
 )
 from multimax.training.repeat import repeat
 from multimax.training.run import run
-from multimax.training.signals import end_with_launcher
-from multimax.training.sweep import run_job
+from multimax.training.signals import end_with_launcher, hand_on
+from multimax.training.sweep import SweepSummary, main_process, run_job
 from multimax.training.trainer import InterruptedRunError
 
 CONFIGS = "configs"
@@ -48,7 +48,9 @@ def main(config: DictConfig) -> None:
     except InterruptedRunError as stop:
         again = "" if config.resume == "auto" else " with resume=auto"
         print(f"{stop}; the same command{again} goes on from there", file=sys.stderr)
-        raise SystemExit(143) from stop
+        # A failure of another process could end the main one before it has queued the job again.
+        others = hand_on(stop.signals) and not main_process()
+        raise SystemExit(0 if others else 143) from stop
     except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"error: {error}") from error
 
@@ -87,6 +89,9 @@ if __name__ == "__main__":
     )
     check_command_line(sys.argv[1:])
     sys.argv[1:] = complete_length(sys.argv[1:])
-    main()
+    try:
+        main()
+    finally:
+        SweepSummary.close()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()  # NCCL warns of a process that does not

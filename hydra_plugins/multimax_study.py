@@ -15,7 +15,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from multimax.training.studies import read_study
-from multimax.training.sweep import RECORD, finished_before
+from multimax.training.sweep import RECORD, finished_before, record_launched
 
 
 class StudySweeper(Sweeper):
@@ -47,9 +47,10 @@ class StudySweeper(Sweeper):
             raise SystemExit(f"error: {error}") from error
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._config, folder / "multirun.yaml")
+        record_launched(missing, folder / RECORD)
         try:
             return self._launcher.launch(missing, initial_job_idx=0) if missing else []
-        except RuntimeError as error:  # of a launcher that is not where it thinks, such as SLURM's
+        except RuntimeError as error:  # of a launcher: no SLURM is here, or a process was killed
             raise SystemExit(f"error: {error}") from error
 
     def _jobs(self, arguments: list[str]) -> list[list[str]]:

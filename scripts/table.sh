@@ -20,7 +20,7 @@ done
 python=${PYTHON:-python}
 [[ -n ${PYTHON:-} || ! -x .venv/bin/python ]] || python=.venv/bin/python
 start=("$python")
-[[ -z ${GPUS:-} ]] || start=("$python" -m torch.distributed.run --nproc-per-node "$GPUS")
+[[ -z ${GPUS:-} ]] || start=("$python" -m torch.distributed.run --standalone --nproc-per-node "$GPUS")
 status=0
 "${start[@]}" train.py -m "study=$table" "$@" || status=$?   # a run that fails costs its cell alone
 sweeps=("$output/sweeps")     # which know the runs that diverged

@@ -10,19 +10,25 @@ import sys
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from multimax.files import make_folder
-from multimax.training.config import Config, read_config, run_folder
+from multimax.tasks.base import DivergedError
+from multimax.training import slurm
+from multimax.training.config import Config, check_processes, read_config, run_folder
 from multimax.training.run import run
 from multimax.training.trainer import InterruptedRunError
 
 RECORD = "jobs.jsonl"
-State = Literal["finished", "finished before", "failed", "interrupted"]
+State = Literal["launched", "finished", "finished before", "failed", "interrupted"]
+OPEN = ("launched", "interrupted")  # what another line on the same job may follow
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class Job:
 
     Attributes:
         settings: of its command line.
-        state: "finished before" is a run that had its result already.
+        state: "finished before" is a run that had its result already; "launched" is all that is
+            known of a job which has not ended in an orderly way.
         said: the main metric of a finished run, or the reason why there is none.
         folder: of the run; None if it has none.
     """
@@ -46,33 +53,48 @@ def run_job(config: DictConfig) -> None:
     """Run a job of a sweep inside Hydra; what goes wrong is printed and recorded, not raised.
 
     Raises:
-        InterruptedRunError, KeyboardInterrupt: a signal arrived, which ends the sweep; the summary
-            is printed before.
+        InterruptedRunError, KeyboardInterrupt: a signal arrived, which ends the sweep.
+        SystemExit: one of several processes failed, which ends the sweep too: the others are still
+            in this job, and wait for it.
     """
     hydra = HydraConfig.get()
     record = Path(hydra.sweep.dir) / RECORD
     state: State = "interrupted"
     said, folder = "", None
+    alone = False  # whether what goes wrong may do so in this process only
     try:
+        slurm.adopt(os.environ)  # which train.py has not done where submitit calls this
         typed = read_config(config)
+        check_processes(typed, _processes())
         folder = run_folder(typed)
         before = _has_result(typed)
+        alone = _processes() > 1
         said = main_metric(run(typed))
         state = "finished before" if before else "finished"
-    except InterruptedRunError:
+    except InterruptedRunError as stop:
+        said = str(stop)
         raise
     except (ValueError, OSError, FloatingPointError) as error:
         state, said = "failed", str(error)
+        alone &= not isinstance(error, DivergedError)
         print(f"error: {error}\n", file=sys.stderr)
     except Exception as error:
         state, said = "failed", f"{type(error).__name__}: {error}"
         traceback.print_exc()
     finally:
         kept = None if folder is None or not folder.exists() else str(folder)
-        if _main_process():
+        failed_alone = alone and state == "failed"
+        if main_process() or failed_alone:
             _write(record, Job(list(hydra.overrides.task), state, said, kept))
-        if state == "interrupted":
-            print_summary(record)
+    if failed_alone:
+        raise SystemExit(1)
+
+
+def record_launched(jobs: list[list[str]], record: Path) -> None:
+    """Record jobs, by their settings, before they are begun: one that is killed has no more."""
+    if main_process():
+        said = "killed, still running, or not begun"
+        _write(record, *(Job(settings, "launched", said, None) for settings in jobs))
 
 
 def finished_before(config: DictConfig, settings: list[str], record: Path) -> bool:
@@ -89,7 +111,7 @@ def finished_before(config: DictConfig, settings: list[str], record: Path) -> bo
         said = main_metric(json.loads((folder / "result.json").read_text()))
     except (ValueError, OSError, KeyError, TypeError):
         return False
-    if _main_process():
+    if main_process():
         _write(record, Job(settings, "finished before", said, str(folder)))
     return True
 
@@ -100,11 +122,11 @@ def _has_result(config: Config) -> bool:
     return not again and (run_folder(config) / "result.json").exists()
 
 
-def _write(record: Path, job: Job) -> None:
+def _write(record: Path, *jobs: Job) -> None:
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         with record.open("a") as stream:
-            stream.write(json.dumps(asdict(job)) + "\n")
+            stream.write("".join(json.dumps(asdict(job)) + "\n" for job in jobs))
     except OSError as error:  # which ends no other job
         print(f"error: {record} cannot be written ({error.strerror})", file=sys.stderr)
 
@@ -112,26 +134,64 @@ def _write(record: Path, job: Job) -> None:
 class SweepSummary(Callback):
     """Hydra's callback that prints the summary; the program then fails if a job did."""
 
+    _record: ClassVar[Path | None] = None  # of a sweep that is not summed up yet
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """SystemExit where nothing can be written, before anything is run."""
+        if _processes() > 1:
+            _share_time(config)
+        folder = Path(config.hydra.sweep.dir)
         try:
-            make_folder(Path(config.hydra.sweep.dir))
+            make_folder(folder)
         except OSError as error:
             raise SystemExit(f"error: {error}") from error
+        SweepSummary._record = folder / RECORD
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Print the summary; SystemExit with code 1 if a job failed."""
-        if _main_process() and print_summary(Path(config.hydra.sweep.dir) / RECORD):
+        """Print the summary; SystemExit with code 1 if a job has no result."""
+        SweepSummary._record = None
+        if main_process() and print_summary(Path(config.hydra.sweep.dir) / RECORD):
             raise SystemExit(1)
+
+    @classmethod
+    def close(cls) -> None:
+        """Print the summary of a sweep that has ended early, of which Hydra tells no callback."""
+        record, cls._record = cls._record, None
+        if main_process() and record is not None and record.exists():
+            print_summary(record)
+
+
+def _share_time(config: DictConfig) -> None:
+    """Give all processes the time of the main one, of which the folder of the sweep has its name.
+
+    Each job has a copy of what `now` gave here.
+    """
+    PartialState(cpu=not torch.cuda.is_available())
+    _ = config.hydra.sweep.dir  # which calls it
+    times = [OmegaConf.get_cache(config)["now"]]
+    broadcast_object_list(times)
+    OmegaConf.get_cache(config)["now"] = times[0]
 
 
 def print_summary(record: Path) -> int:
-    """Print what became of each job that is recorded; returns how many failed."""
+    """Print what became of each job that is recorded; returns how many have no result."""
     lines = record.read_text().splitlines(keepends=True) if record.exists() else []
     # A full disk cuts a line short.
-    jobs = [Job(**json.loads(line)) for line in lines if line.endswith("\n")]
+    jobs = last_words([Job(**json.loads(line)) for line in lines if line.endswith("\n")])
     print(*summary(jobs), sep="\n")
-    return sum(job.state == "failed" for job in jobs)
+    return sum(not job.state.startswith("finished") for job in jobs)
+
+
+def last_words(jobs: list[Job]) -> list[Job]:
+    """Each job once: without what was said before it was queued again, or after it failed.
+
+    Other processes of a job fail because one has.
+    """
+    known: dict[tuple[str, ...], Job] = {}
+    for job in jobs:
+        if known.setdefault(tuple(job.settings), job).state in OPEN:
+            known[tuple(job.settings)] = job
+    return list(known.values())
 
 
 def summary(jobs: list[Job]) -> list[str]:
@@ -161,5 +221,10 @@ def main_metric(result: dict[str, Any]) -> str:
     return f"{split} {name} {result['metrics'][split][name]:.4g}"
 
 
-def _main_process() -> bool:
+def main_process() -> bool:
+    """Whether this is the one that reports, of those that torchrun or `srun` started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))

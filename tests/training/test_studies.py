@@ -218,59 +218,6 @@ def test_a_study_is_a_sweep(train):
     assert code == "error: study=table1 is many runs: python train.py -m study=table1"
 
 
-SBATCH = """#!{python}
-# sbatch of a cluster that has one node, and does at once what it is told to.
-import os, re, subprocess, sys
-script = open(sys.argv[-1]).read()
-open({said!r}, "w").write(script)
-first, last = re.search(r"--array=(\\d+)-(\\d+)", script).groups()
-for task in range(int(first), int(last) + 1):
-    variables = {{"SLURM_JOB_ID": str(7 + task), "SLURM_ARRAY_JOB_ID": "7",
-                 "SLURM_ARRAY_TASK_ID": str(task), "SLURM_NTASKS": "1", "SLURM_PROCID": "0",
-                 "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1"}}
-    subprocess.Popen(["bash", sys.argv[-1]], env=os.environ | variables,
-                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-print("Submitted batch job 7")
-"""
-SRUN = """#!/bin/bash
-while [[ $1 == --* ]]; do [[ $1 == *=* || $1 == --unbuffered ]] && shift || shift 2; done
-exec "$@"
-"""
-SACCT = """#!/bin/bash
-printf 'JobID|State|NodeList\\n7_0|RUNNING|node\\n7_1|RUNNING|node\\n'
-"""
-
-
-@pytest.mark.slow
-def test_jobs_of_slurm(train, tmp_path, monkeypatch):
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    said = tmp_path / "script"
-    texts = {"sbatch": SBATCH.format(python=sys.executable, said=str(said)), "srun": SRUN,
-             "sacct": SACCT}  # fmt: skip
-    for name, text in texts.items():
-        (programs / name).write_text(text)
-        (programs / name).chmod(stat.S_IRWXU)
-    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
-    code, *printed = train(
-        "-m", *SMALL, f"output_dir={tmp_path}", "study=table2", "cells=softmax", "seed=0,1",
-        "hydra/launcher=slurm", "hydra.launcher.partition=gpu",
-    )  # fmt: skip
-    printed = "".join(printed)
-    assert (code, "sweep of 2 jobs: 2 finished\n" in printed) == (0, True), printed
-    script = said.read_text()
-    for wish in ("partition=gpu", "gpus-per-node=1", "time=1440", "mem=64GB", "job-name=multimax"):
-        assert f"#SBATCH --{wish}" in script
-
-
-@pytest.mark.slow
-def test_slurm_where_there_is_none(train, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    said, *_ = train("-m", *SMALL, f"output_dir={tmp_path}", "study=table2", "cells=softmax",
-                     "seed=0", "hydra/launcher=slurm")  # fmt: skip
-    assert said == 'error: Could not detect "srun", are you indeed on a slurm cluster?'
-
-
 @pytest.mark.slow
 def test_the_script_of_a_table_runs_it_and_draws_it(train, tmp_path, monkeypatch):
     """Its commands, which a PYTHON that only writes them down is given, are then run here."""

@@ -139,6 +139,22 @@ def test_a_record_on_a_full_disk_ends_nothing(tmp_path, capsys, monkeypatch):
     assert "sweep of 1 jobs: 1 finished" in capsys.readouterr().out
 
 
+def test_the_last_word_on_a_job_counts(tmp_path, capsys):
+    record = tmp_path / "jobs.jsonl"
+    jobs = [Job([f"seed={seed}"], "launched", "killed", None) for seed in range(4)]
+    _write(record, *jobs)
+    for seed, state, said in (
+        (1, "interrupted", "by a signal"), (0, "failed", "no data"), (1, "finished", "test top1 9"),
+        (0, "failed", "the other process has gone"), (2, "interrupted", "by a signal"),
+    ):  # fmt: skip
+        _write(record, Job([f"seed={seed}"], state, said, None))
+    assert print_summary(record) == 3
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["seed=0", "failed", "no", "data"], ["seed=1", "finished", "test", "top1", "9"],
+        ["seed=2", "interrupted", "by", "a", "signal"], ["seed=3", "launched", "killed"],
+    ]  # fmt: skip
+
+
 def test_summary_shows_what_differs():
     jobs = [
         Job(["a=1", "seed=0"], "finished", "test top1 9", "out/x"),
