@@ -17,17 +17,21 @@ from omegaconf import DictConfig, OmegaConf
 from multimax.training.studies import read_study
 from multimax.training.sweep import RECORD, finished_before, record_launched
 
+RESULTS = Path("results/runs")  # of `experiments.results`
+
 
 class StudySweeper(Sweeper):
     """Launches the runs of `config.study` that have no result yet.
 
-    On the command line, `cells=a,b` and `seed=0,1` choose a part, and `tuning=true` the runs by
-    which settings are chosen; all else holds for every run, and may be a sweep of its own.
+    On the command line, `cells=a,b` and `seed=0,1` choose a part, `recorded=skip` what
+    `results/runs` has not yet, and `tuning=true` the runs by which settings are chosen; all else
+    holds for every run, and may be a sweep of its own.
     """
 
     _context: HydraContext
     _config: DictConfig
     _launcher: Launcher
+    _results: Path | None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -42,7 +46,8 @@ class StudySweeper(Sweeper):
         """Launch what is missing, given the settings of the command line; SystemExit if wrong."""
         folder = Path(self._config.hydra.sweep.dir)
         try:
-            missing = [job for job in self._jobs(arguments) if not self._finished(job, folder)]
+            jobs = self._jobs(arguments)
+            missing = [job for job in jobs if not self._finished(job, folder)]
         except ValueError as error:
             raise SystemExit(f"error: {error}") from error
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,13 +70,17 @@ class StudySweeper(Sweeper):
                 values = [override.get_value_element_as_str()]
             if key == "tuning":
                 chosen[key] = [value.lower() for value in values]  # Hydra makes True of true
-            elif key in ("cells", "seed"):
+            elif key in ("cells", "seed", "recorded"):
                 chosen[key] = values
             elif key != "study":
                 others.append([f"{key}={value}" for value in values])
         study, tuning = read_study(self._config.study), chosen.get("tuning", ["false"])
         if tuning not in (["true"], ["false"]):
             raise ValueError(f"tuning={','.join(tuning)} must be true or false")
+        recorded = chosen.get("recorded", ["run"])
+        if recorded not in (["run"], ["skip"]):
+            raise ValueError(f"recorded={','.join(recorded)} must be run or skip")
+        self._results = RESULTS if recorded == ["skip"] else None
         return [
             job
             for settings in itertools.product(*others)
@@ -82,4 +91,4 @@ class StudySweeper(Sweeper):
 
     def _finished(self, job: list[str], folder: Path) -> bool:
         config = self._context.config_loader.load_sweep_config(self._config, job)
-        return finished_before(config, job, folder / RECORD)
+        return finished_before(config, job, folder / RECORD, self._results)

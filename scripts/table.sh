@@ -13,7 +13,7 @@ for setting in "$@"; do
     case $setting in
         scale=*) scale=${setting#*=} ;;
         output_dir=*) output=${setting#*=} ;;
-        cells=* | seed=* | hydra/* | hydra.*) ;;
+        cells=* | recorded=* | seed=* | hydra/* | hydra.*) ;;
         *) changed+=("$setting") ;;
     esac
 done

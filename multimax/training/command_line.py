@@ -51,7 +51,7 @@ def describe_settings(config: DictConfig) -> str:
 
     The text of the resolver `${settings:}`, for `--help`.
     """
-    others = ("hydra", "study", "cells", "tuning")  # of a sweep, not of a run
+    others = ("hydra", "study", "cells", "recorded", "tuning")  # of a sweep, not of a run
     content: Any = OmegaConf.masked_copy(config, [str(k) for k in config if k not in others])
     lines = []
     try:

@@ -97,22 +97,33 @@ def record_launched(jobs: list[list[str]], record: Path) -> None:
         _write(record, *(Job(settings, "launched", said, None) for settings in jobs))
 
 
-def finished_before(config: DictConfig, settings: list[str], record: Path) -> bool:
+def finished_before(
+    config: DictConfig, settings: list[str], record: Path, results: Path | None = None
+) -> bool:
     """Whether a run has its result already; it is recorded then, and needs no job.
 
     A run that cannot be read, or whose configuration is wrong, is left to its job to complain.
+
+    Args:
+        config: of the job.
+        settings: of its command line.
+        record: of the sweep.
+        results: where `experiments.results` keeps what was run elsewhere, which counts too.
     """
     try:
         content: Any = OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"])
         typed = read_config(content)
-        folder = run_folder(typed)
+        place = run_folder(typed)
+        file = place / "result.json"
         if not _has_result(typed):
-            return False
-        said = main_metric(json.loads((folder / "result.json").read_text()))
+            if results is None:
+                return False
+            place = file = results / typed.scale.name / typed.name / f"{place.name}.json"
+        said = main_metric(json.loads(file.read_text()))
     except (ValueError, OSError, KeyError, TypeError):
         return False
     if main_process():
-        _write(record, Job(settings, "finished before", said, str(folder)))
+        _write(record, Job(settings, "finished before", said, str(place)))
     return True
 
 
@@ -216,7 +227,7 @@ def main_metric(result: dict[str, Any]) -> str:
     """The metric that a result is of, such as "test top1 86.2"; of a dry run how long it takes."""
     if "training_seconds" in result and "metrics" not in result:
         return f"about {result['training_seconds']:.0f} s"
-    split = "test" if "test" in result["metrics"] else next(iter(result["metrics"]))
+    split = "test" if "test" in result["metrics"] else "valid"
     name = result["best"]["metric"].partition("/")[2]
     return f"{split} {name} {result['metrics'][split][name]:.4g}"
 

@@ -213,6 +213,17 @@ def test_only_what_is_missing_is_run(train, tmp_path, launcher):
 
 
 @pytest.mark.slow
+def test_what_is_recorded_can_be_left_out(train, tmp_path):
+    study = "study=table1", "cells=average-1", f"output_dir={tmp_path}"
+    code, *said = train("-m", *study, "recorded=skip")
+    assert (code, "sweep of 5 jobs: 5 finished before\n" in "".join(said)) == (0, True), said
+    assert not (tmp_path / "small").exists()
+    code, *said = train("-m", *study, "recorded=skip", "seed=0", "optimizer.lr=1e30")
+    assert (code, "sweep of 1 jobs: 1 failed\n" in "".join(said)) == (1, True), said
+    assert train("-m", *study, "recorded=no")[0] == "error: recorded=no must be run or skip"
+
+
+@pytest.mark.slow
 def test_a_study_is_a_sweep(train):
     code, *_ = train("study=table1")
     assert code == "error: study=table1 is many runs: python train.py -m study=table1"
