@@ -69,9 +69,10 @@ class Cells:
 
     def column_of(self, cell: str) -> str:
         """The column by which a cell is compared: the main one, if its runs have the figure."""
-        instead = self.study.instead
-        without = instead and not self.values(cell, self.main_column)
-        return instead if without and self.values(cell, instead) else self.main_column
+        main, instead = self.main_column, self.study.instead
+        if instead and self.values(cell, instead) and not self.values(cell, main):
+            return instead
+        return main
 
     @property
     def lower_is_better(self) -> bool:

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scipy import stats
 from scipy.optimize import brentq
@@ -38,8 +39,8 @@ class Difference:
         freedom = self.pairs - 1
         quantile = float(stats.t.ppf((1 + confidence) / 2, freedom))
         # The median of a noncentral t is near its noncentrality: at the quantile it has 50 %.
-        found = brentq(lambda n: stats.nct.sf(quantile, freedom, n) - POWER, 0, 9 * quantile)
-        return float(found) * self.error
+        found: Any = brentq(lambda n: stats.nct.sf(quantile, freedom, n) - POWER, 0, 9 * quantile)
+        return found * self.error
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
