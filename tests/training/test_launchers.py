@@ -142,12 +142,17 @@ def worker_of(folder):
     raise LookupError(lock)
 
 
+def _has_failed(folder):
+    (record,) = folder.glob("sweeps/*/jobs.jsonl")
+    return '"failed"' in record.read_text()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_job_that_is_killed_leaves_the_sweep_its_summary(tmp_path):
     sweep = [*STUDY, *LONG, f"output_dir={tmp_path}", "seed=0", "optimizer.lr=-1,1e-3",
              "hydra/launcher=workstation"]  # fmt: skip
     with Forked(sweep, tmp_path / "said.txt") as process:
-        wait_for(lambda: updates(tmp_path) > 0, process)
+        wait_for(lambda: updates(tmp_path) > 0 and _has_failed(tmp_path), process)
         os.kill(worker_of(tmp_path), signal.SIGKILL)
         code, said = process.finish()
     assert code == 1

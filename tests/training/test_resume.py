@@ -191,8 +191,10 @@ def test_weights_alone_cannot_be_resumed(tmp_path):
 
 def test_run_folder_in_use(tmp_path):
     run_quietly(tiny_config(tmp_path))
+    result = only(tmp_path, "result.json")
+    result.unlink()
     with (
-        locked(only(tmp_path, "result.json").parent),
+        locked(result.parent),
         pytest.raises(ValueError, match="another process is running this very configuration"),
     ):
         run_quietly(tiny_config(tmp_path))
