@@ -32,7 +32,8 @@ for index in range(int(array[1]) + 1 if array else 1):
                  "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "8"}}
     if array:
         variables |= {{"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(index)}}
-    subprocess.Popen(["bash", sys.argv[-1]], env=os.environ | variables,
+    # Not that of submitit, which moves it as soon as it has been told the number.
+    subprocess.Popen(["bash", "{folder}/script"], env=os.environ | variables,
                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 print("Submitted batch job 7")
 """
