@@ -12,16 +12,31 @@
 
 #define MOST_COEFFICIENTS 10
 #define MASK_FLOOR ((real) - 9984) /* that of functional.py */
+#define TAME ((real)1e6) /* products of such scores and coefficients do not overflow */
 
 typedef struct {
     real scale, shift; /* of x: scale has the factor score_scale */
     real t0, t1, t2, t3, r0, r1, r2, r3;
     real score_scale;
     int affine; /* scale and shift are not those of the identity */
+    int tame;   /* so are all coefficients */
 } Modulator;
 typedef struct {
     double values[MOST_COEFFICIENTS];
 } Sums;
+
+INLINE int is_tame(const real *x, int64_t n) {
+    vector squares[4] = {{0}};
+    real rest = 0;
+    int64_t j = 0;
+    for (; j + 4 * LANES <= n; j += 4 * LANES)
+        for (int64_t k = 0; k < 4; k++) {
+            vector v = load(x + j + k * LANES);
+            squares[k] += v * v;
+        }
+    for (; j < n; j++) rest += x[j] * x[j];
+    return rest + sum_of(squares[0] + squares[1] + squares[2] + squares[3]) < TAME * TAME;
+}
 
 static Modulator modulator(const real *c, int order, real score_scale) {
     Modulator m = {c[0] * score_scale, c[1]};
@@ -29,6 +44,7 @@ static Modulator modulator(const real *c, int order, real score_scale) {
     if (order == 1) m.t0 = c[2], m.t1 = c[3], m.r0 = c[4], m.r1 = c[5];
     if (order == 2) m.t0 = c[2], m.t1 = c[3], m.t2 = c[4], m.t3 = c[5];
     if (order == 2) m.r0 = c[6], m.r1 = c[7], m.r2 = c[8], m.r3 = c[9];
+    m.tame = is_tame(&m.scale, 1) && is_tame(c, 2 + 4 * order);
     return m;
 }
 
@@ -109,7 +125,6 @@ typedef struct {
 } VectorSums;
 
 INLINE vector pull_back_vector(vector x, vector dy, Modulator m, int order, VectorSums *sums) {
-    x = where(dy != 0, x); /* a masked score may be anything */
     vector z = m.scale * x + m.shift, slope = (vector){0} + 1;
     if (order >= 1) {
         vector below = m.r0 - z, above = z - m.r1;
@@ -162,12 +177,28 @@ INLINE void pull_back_some(const real *x, real *d, int64_t n, Modulator m, int o
     if (sums) *sums = local;
 }
 
+/* A masked score may be anything, and must add nothing: 0 is in its place. */
+SEPARATE void tame_masked(const real *x, const real *d, real *tamed, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) tamed[j] = d[j] != 0 ? x[j] : 0;
+}
+
+/* Whether they are tame is asked of some thousand scores: of each vector, it doubles the time. */
 INLINE void pull_back_block(const real *x, real *d, int64_t n, Modulator m, int order,
                             VectorSums *sums) {
-    if (sums)
-        pull_back_some(x, d, n, m, order, sums);
-    else
-        pull_back_some(x, d, n, m, order, NULL);
+    real tamed[SEGMENT];
+    for (int64_t start = 0; start < n; start += SEGMENT) {
+        int64_t length = start + SEGMENT < n ? SEGMENT : n - start;
+        const real *from = x + start;
+        if (!m.tame || !is_tame(from, length)) {
+            tame_masked(from, d + start, tamed, length);
+            from = tamed;
+        }
+        if (sums)
+            pull_back_some(from, d + start, length, m, order, sums);
+        else
+            pull_back_some(from, d + start, length, m, order, NULL);
+    }
 }
 
 /* The gradients of the coefficients from the sums over some thousand entries. */

@@ -27,6 +27,7 @@ typedef int32_t integer;
 
 #define INLINE static inline __attribute__((always_inline))
 #define RARE static __attribute__((noinline, cold, unused)) /* out of the way of the rest */
+#define SEPARATE static __attribute__((noinline, unused))
 #define SEGMENT 4096 /* entries that are summed in `real`; the sums of segments in double */
 #define CHUNK 16384  /* entries of the rows that are one unit of work: they stay in the L2 cache */
 
