@@ -143,7 +143,7 @@ def draw(rows: Sequence[Row]) -> Figure:
         axes.set_xlabel(f"time, multiple of\n{rows[0]['provider']}")
         axes.xaxis.set_major_formatter("{x:g}")
     for axes in panels:
-        axes.set_xlim(0.5, 4 * max(row.get("step_ratio", 1) for row in rows))
+        axes.set_xlim(0.2, 4 * max(row.get("step_ratio", 1) for row in rows))
     _draw_bars(memory, of_shape, "activation_scores")
     memory.set_title("memory held for backward,\nbesides the scores")
     memory.set_xlabel("multiple of the size\nof the scores")
