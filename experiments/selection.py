@@ -56,6 +56,7 @@ class Run:
         figures: such as "test/top1", by the names that Weights & Biases has too.
         place: where it is recorded.
         diverged: whether it did, and has no figures.
+        device: that it ran on, where that is known.
     """
 
     settings: dict[str, Any]
@@ -63,6 +64,7 @@ class Run:
     figures: dict[str, float]
     place: str
     diverged: bool = False
+    device: str | None = None
 
 
 @dataclass
@@ -83,7 +85,8 @@ def run_of(result: Result, place: str = "") -> Run:
     """The run that a result records."""
     settings = hashed_settings(read_config(result["config"]))
     place = place or result["experiment"]
-    return Run(settings, result["seed"], flat_summary(result), place, has_diverged(result))
+    device = result.get("hardware", {}).get("device")
+    return Run(settings, result["seed"], flat_summary(result), place, has_diverged(result), device)
 
 
 def study_of(name: str, *overrides: str) -> Study:

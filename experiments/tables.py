@@ -135,6 +135,8 @@ class _Builder:
         if diverged := self._diverged():
             counts = "are left out" if study.diverged is None else f"count as {study.diverged:g}"
             meaning += f" Runs that diverged {counts}: {diverged}."
+        if len(devices := self._devices()) > 1:
+            meaning += f" Runs on {'; '.join(devices)}."
         return [meaning, *self._verdicts()]
 
     def _verdicts(self) -> list[str]:
@@ -160,6 +162,18 @@ class _Builder:
         return "; ".join(
             f"{self.cells.label(name)} (seed {', '.join(of)})" for name, of in seeds.items() if of
         )
+
+    def _devices(self) -> list[str]:
+        """Each device with the seeds that ran on it: a pair on two devices has no common noise."""
+        seeds: dict[str, set[int]] = {}
+        for selection in self.cells.selections.values():
+            for seed, run in selection.runs.items():
+                if run.device:
+                    seeds.setdefault(run.device, set()).add(seed)
+        return [
+            f"{device} (seed {', '.join(map(str, sorted(of)))})"
+            for device, of in sorted(seeds.items())
+        ]
 
     def _verdict(self, claim: Claim, found: Difference | None, p_value: float) -> str:
         if found is None:

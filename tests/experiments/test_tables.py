@@ -315,6 +315,16 @@ def test_the_interval_is_that_of_a_paired_t_test():
     )
 
 
+def test_runs_on_different_devices_are_named(tmp_path):
+    def on(device, seed):
+        return result(seed=seed) | {"hardware": {"device": device}}
+
+    store(tmp_path, [on("EPYC", 1), on("EPYC", 3)])
+    assert "Runs on" not in table_of("table2", tmp_path).remarks[0]
+    store(tmp_path, [on("H100", 0)])
+    assert "Runs on EPYC (seed 1, 3); H100 (seed 0)." in table_of("table2", tmp_path).remarks[0]
+
+
 def test_table_files_hold_the_same_cells(tmp_path):
     store(tmp_path, [result(seed=s, top1=80 + s) for s in range(2)])
     table = table_of("table2", tmp_path)
