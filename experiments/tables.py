@@ -177,7 +177,7 @@ class _Builder:
 
     def _verdict(self, claim: Claim, found: Difference | None, p_value: float) -> str:
         if found is None:
-            return f"{claim.text}: not run."
+            return f"{claim.text}: not run (fewer than two pairs)."
         verdict = verdict_of(claim, found, p_value, self.cells.smallest)
         mean, interval = self._effect(found)
         # Whatever the other claims: as Holm's correction treats the smallest of the p-values.

@@ -98,7 +98,7 @@ def test_table_has_means_spread_and_paired_differences_and_empty_cells(tmp_path)
         f"scale (top-1 % +1.00 ± {half:.2f}, 3 pairs; such a comparison, corrected for all claims, "
         f"sees {smallest:.2f} in 80 % of cases)."
     )
-    assert table.remarks[2].endswith("beats SoftMax: not run.")
+    assert table.remarks[2].endswith("beats SoftMax: not run (fewer than two pairs).")
 
 
 @pytest.mark.slow
