@@ -1,6 +1,8 @@
 """The difference of each cell of a study to its baseline, with its interval and every seed."""
 
 import math
+import statistics
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, SymmetricalLogLocator
 from matplotlib.transforms import blended_transform_factory
 
 from experiments.comparison import Cells, Comparison, cells_of
@@ -20,13 +23,16 @@ from multimax.files import write_atomically
 
 FOLDER = Path("results/figures")
 BETTER, WORSE, OPEN = "#0072b2", "#d55e00", "0.35"  # told apart by the colour-blind too
+MUCH_LARGER = 300  # times a typical difference: on a linear axis that one would not be seen
 CAPTION = (
     "What each row of the table gains or loses next to its baseline: mean difference over the "
     "common seeds (diamond), its 95 % interval by Student's t (bar), and each seed (dot). A star "
     "is for an interval that excludes 0 after Holm's correction for the number of rows. An arrow "
     "is for the interval of two seeds that goes on beyond the picture. Rows that have no seed in "
     "common with the baseline are left out. Where figures are compared by their ratio, that is "
-    "drawn in the place of the difference, on a logarithmic axis, and 1 is no effect. Within the "
+    "drawn in the place of the difference, on a logarithmic axis, and 1 is no effect. Where some "
+    "differences are hundreds of times the others, the axis is logarithmic beyond the range that "
+    "it names. Within the "
     "grey band, if there is one, an effect is too small to matter."
 )
 
@@ -69,6 +75,15 @@ def forest(cells: Cells) -> Figure:
     size = max(7.0, 3.3 + 0.09 * max(map(len, labels))), 1.9 + 0.3 * len(rows)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     axes.set_xlim(*limits(rows.values()))
+    linear = None if study.ratios else linear_range(rows.values())
+    if linear:
+        axes.set_xscale("symlog", linthresh=linear, linscale=1.5)
+        axes.set_xlim(*limits(rows.values(), linear))
+        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear))
+        axes.xaxis.set_minor_locator(FixedLocator([sign * linear / 2 for sign in (-1, 1)]))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="x", which="both", length=4, pad=4)
     axes.axvline(0, color="0.5", linewidth=1)
     if cells.smallest:
         axes.axvspan(-cells.smallest, cells.smallest, color="0.93", zorder=0)
@@ -83,10 +98,14 @@ def forest(cells: Cells) -> Figure:
     axes.tick_params(axis="y", length=0, pad=10)
     good = "lower" if cells.lower_is_better else "higher"
     columns = dict.fromkeys([cells.main_column, *map(cells.column_of, rows)])
-    axes.set_xlabel(
+    text = (
         f"{' or '.join(columns)}, {'ratio' if study.ratios else 'difference'} to "
-        f"{' | '.join(study.cells[study.baseline].row)} ({good} is better)"
+        f"{' | '.join(study.cells[study.baseline].row)} ({good} is better"
+        f"{f'; logarithmic beyond ±{linear:g}' if linear else ''})"
     )
+    for together in (" | ", " ±", " is better"):  # no line ends here
+        text = text.replace(together, together.replace(" ", "\N{NO-BREAK SPACE}"))
+    axes.set_xlabel(textwrap.fill(text, 56))
     axes.annotate(
         " | ".join(study.row), (0, 1), (-10, 6), "axes fraction", "offset points", ha="right",
         fontweight="bold",
@@ -109,10 +128,14 @@ def _label_ratios(axes: Axes) -> None:
     axes.set_xticks(list(shown), list(shown.values()))
 
 
-def limits(rows: Iterable[Comparison]) -> tuple[float, float]:
+def limits(rows: Iterable[Comparison], linear: float | None = None) -> tuple[float, float]:
     """Of the axis: all seeds, 0, and the intervals of three seeds or more.
 
     Student's t of two seeds has an interval of 12.7 standard errors to either side.
+
+    Args:
+        rows: what is drawn.
+        linear: beyond it the axis is logarithmic.
     """
     shown = [0.0]
     for row in rows:
@@ -120,8 +143,21 @@ def limits(rows: Iterable[Comparison]) -> tuple[float, float]:
         if row.difference and row.difference.pairs > 2:
             mean, half = row.difference.mean, row.difference.half_width
             shown += [mean - half, mean + half]
-    margin = 0.06 * (max(shown) - min(shown)) or 1.0
-    return min(shown) - margin, max(shown) + margin
+    low, high = min(shown), max(shown)
+    if linear:
+        margin = 0.1 * linear
+        return min(1.5 * low, low - margin), max(1.5 * high, high + margin)
+    margin = 0.06 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def linear_range(rows: Iterable[Comparison]) -> float | None:
+    """Up to where the axis is linear, a power of ten; None if it can be linear as a whole."""
+    reach = [max(map(abs, row.by_seed.values())) for row in rows]
+    typical = statistics.median_low(reach)
+    if max(reach) < MUCH_LARGER * typical or not typical:
+        return None
+    return 10.0 ** math.ceil(math.log10(typical))
 
 
 def _draw_row(axes: Axes, height: int, comparison: Comparison, lower_is_better: bool) -> None:

@@ -32,6 +32,11 @@ def cells_with(**top1):
     return cells_of(small_study(), "small", [run_of(e, f"{i}") for i, e in enumerate(entries)])
 
 
+def label_of(figure):
+    """What is written below the axis, wherever its lines end."""
+    return " ".join(figure.axes[0].get_xlabel().split())
+
+
 def rows(figure):
     """What the figure shows of each cell: dots, interval, marker and the text beside it."""
     axes = figure.axes[0]
@@ -68,7 +73,7 @@ def test_a_row_has_its_seeds_their_mean_and_its_interval():
     assert mean.get_xdata()[0] == pytest.approx(1.0)
     (zero,) = [line for line in figure.axes[0].lines if list(line.get_xdata()) == [0, 0]]
     assert list(zero.get_ydata()) == [0, 1]  # from below to above, in shares of the axes
-    assert "difference to SoftMax | SoftMax (higher is better)" in figure.axes[0].get_xlabel()
+    assert "difference to SoftMax | SoftMax (higher is better)" in label_of(figure)
 
 
 @pytest.mark.slow
@@ -92,7 +97,7 @@ def test_a_star_is_blue_for_better_and_orange_for_worse(gain, lower, color):
     assert (to_hex(mean.get_color()), text) == (color, "n = 3 *")
     *_, mean, text = shown["top-k | SoftMax"]
     assert (mean.get_color(), text) == (tables.OPEN, "n = 3")
-    assert ("lower is better" in figure.axes[0].get_xlabel()) == lower
+    assert ("lower is better" in label_of(figure)) == lower
 
 
 def test_the_interval_of_two_seeds_may_go_beyond_the_picture_and_says_so():
@@ -122,3 +127,21 @@ def test_only_what_can_be_compared_is_drawn(tmp_path):
     (tmp_path / "table2_smaller.png").write_bytes(b"")
     assert tables.drawn_for(cells, tmp_path) == [path, tmp_path / "table2_small_more.png"]
     assert path.read_bytes() == first
+
+
+def test_differences_of_very_different_sizes_share_an_axis():
+    cells = cells_with(
+        deit_softmax=[80.0, 82.0], deit_multimax=[80.5, 82.2], deit_topk=[-4000.0, -4100.0]
+    )
+    figure = tables.forest(cells)
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "symlog"
+    # Half a point and four thousand are both to be seen.
+    width = axes.get_window_extent().width
+    place = {x: axes.transData.transform((x, 0))[0] for x in (0.0, 0.5, -4000.0)}
+    assert place[0.5] - place[0.0] > 0.01 * width
+    assert place[0.0] - place[-4000.0] > 0.2 * width
+    assert "logarithmic beyond" in label_of(figure)
+    near = tables.forest(cells_with(deit_softmax=[80.0, 82.0], deit_multimax=[80.5, 82.2]))
+    assert near.axes[0].get_xscale() == "linear"
+    assert "logarithmic" not in label_of(near)
