@@ -192,7 +192,8 @@ def measure(folder: Path) -> Scores:
     split = inspected_split(task.splits)
     examples = EXAMPLES[config.task.name](task, split)
     layers = _recorded(task.model, examples)
-    return Scores(config.recorded(), split, examples.number, layers)
+    recorded = config.recorded() | {"output_dir": "outputs"}  # where it was is nothing of the run
+    return Scores(recorded, split, examples.number, layers)
 
 
 def load_task(folder: Path) -> tuple[Config, Task]:

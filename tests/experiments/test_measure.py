@@ -39,6 +39,10 @@ def first_block(task):
         return query @ key.transpose(-1, -2) / 8**0.5, attention.normalizer
 
 
+def test_scores_tell_nothing_of_the_place_of_the_run(measured):
+    assert measured.config["output_dir"] == "outputs"
+
+
 def test_sampled_rows_are_those_of_their_example_and_head(deit, measured):
     scores, _ = first_block(load_task(deit)[1])
     layer = measured.layers["blocks.0.attn.normalizer"]

@@ -1,6 +1,7 @@
 """Numbers in README.md's text are those of the files that it names."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -29,13 +30,18 @@ def test_shares_of_rows_better_in_both():
 
 
 def test_what_is_said_of_the_studies_is_in_their_tables():
-    said = README.partition("**On images**")[2].partition("<details>")[0]
+    page = (ROOT / "docs" / "which-normalizer.md").read_text()
+    choice = page.partition("At the small scale")[2].partition("## Retrieval")[0]
+    said = README.partition("**In short**")[2].partition("<details>")[0]
     names = ("table1", "table2", "table3", "table4", "ablation")
     tables = (ROOT / "results" / "tables" / f"{name}_small.md" for name in names)
     known = set(NUMBER.findall("\n".join(file.read_text() for file in tables)))
-    settings = {"0.1"}
+    others = {"0.1", "0.8"}  # a temperature; 100 sqrt(p (1 - p) / n), see below
     assert len(set(NUMBER.findall(said))) > 30
-    assert set(NUMBER.findall(said)) - settings <= known
+    assert set(NUMBER.findall(said)) - others <= known
+    assert set(NUMBER.findall(choice)) <= known
+    assert len(set(NUMBER.findall(choice))) > 5
+    assert round(100 * math.sqrt(0.864 * (1 - 0.864) / 2000), 1) == 0.8
 
 
 def test_what_is_said_of_retrieval_is_in_its_tables():
