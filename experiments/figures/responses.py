@@ -185,7 +185,7 @@ def score_range(layers: Sequence[Learned]) -> tuple[float, float]:
 
 def _draw_curves(axes: Axes, x: Tensor, layers: Sequence[Learned], colors: dict[str, Any]) -> None:
     if not layers:
-        axes.text(0.5, 0.5, "no run yet", ha="center", color="0.4", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no run", ha="center", color="0.4", transform=axes.transAxes)
         axes.set_yticks([])
         return
     axes.plot(x, x, color="0.5", linewidth=1.2, linestyle="--", zorder=1)
