@@ -168,7 +168,7 @@ def test_scores_are_drawn_below_the_layers_that_received_them(runs, tmp_path, sh
     assert not any(figure.axes[index].axison for index in (2, 3, 7))
     assert legend(panel(figure, "attention, order 2"))[-1] == "here only (seeds: 1)"
     (text,) = panel(figure, "output layer, order 2").texts
-    assert text.get_text() == "no run yet"
+    assert text.get_text() == "no run"
 
 
 @pytest.mark.slow
