@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiments.results import without_place
 from experiments.scores import EDGES, SCORES, LayerScores, Scores, load_scores, save_scores
 from multimax.data.loading import derive_seed
 from multimax.functional import hidden_entries, to_compute_precision
@@ -192,8 +193,7 @@ def measure(folder: Path) -> Scores:
     split = inspected_split(task.splits)
     examples = EXAMPLES[config.task.name](task, split)
     layers = _recorded(task.model, examples)
-    recorded = config.recorded() | {"output_dir": "outputs"}  # where it was is nothing of the run
-    return Scores(recorded, split, examples.number, layers)
+    return Scores(without_place(config.recorded()), split, examples.number, layers)
 
 
 def load_task(folder: Path) -> tuple[Config, Task]:

@@ -38,7 +38,7 @@ def collect(folders: list[Path], target: Path = RUNS) -> list[Path]:
     for file, result in read_finished(folders):
         if "tuning" in result["config"]["tags"]:
             continue
-        result["config"]["output_dir"] = "outputs"  # where it was is nothing of the run
+        result["config"] = without_place(result["config"])
         curve = file.parent / "metrics.jsonl"
         if curve.exists():
             lines = [json.loads(line) for line in curve.read_text().splitlines()]
@@ -47,6 +47,11 @@ def collect(folders: list[Path], target: Path = RUNS) -> list[Path]:
         write_json(path, result)
         copied.append(path)
     return copied
+
+
+def without_place(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration that does not tell where the run was."""
+    return config | {"output_dir": "outputs"}
 
 
 def read_finished(folders: list[Path]) -> Iterator[tuple[Path, Result]]:

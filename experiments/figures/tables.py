@@ -32,8 +32,7 @@ CAPTION = (
     "common with the baseline are left out. Where figures are compared by their ratio, that is "
     "drawn in the place of the difference, on a logarithmic axis, and 1 is no effect. Where some "
     "differences are hundreds of times the others, the axis is logarithmic beyond the range that "
-    "it names. Within the "
-    "grey band, if there is one, an effect is too small to matter."
+    "it names. Within the grey band, if there is one, an effect is too small to matter."
 )
 
 
@@ -74,16 +73,10 @@ def forest(cells: Cells) -> Figure:
     labels = [" | ".join(study.cells[cell].row) for cell in rows]
     size = max(7.0, 3.3 + 0.09 * max(map(len, labels))), 1.9 + 0.3 * len(rows)
     figure, axes = plt.subplots(figsize=size, layout="constrained")
-    axes.set_xlim(*limits(rows.values()))
     linear = None if study.ratios else linear_range(rows.values())
+    axes.set_xlim(*limits(rows.values(), linear))
     if linear:
-        axes.set_xscale("symlog", linthresh=linear, linscale=1.5)
-        axes.set_xlim(*limits(rows.values(), linear))
-        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear))
-        axes.xaxis.set_minor_locator(FixedLocator([sign * linear / 2 for sign in (-1, 1)]))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="x", which="both", length=4, pad=4)
+        _scale_beyond(axes, linear)
     axes.axvline(0, color="0.5", linewidth=1)
     if cells.smallest:
         axes.axvspan(-cells.smallest, cells.smallest, color="0.93", zorder=0)
@@ -96,7 +89,29 @@ def forest(cells: Cells) -> Figure:
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0, pad=10)
-    good = "lower" if cells.lower_is_better else "higher"
+    axes.set_xlabel(_label(cells, rows, linear))
+    axes.annotate(
+        " | ".join(study.row), (0, 1), (-10, 6), "axes fraction", "offset points", ha="right",
+        fontweight="bold",
+    )  # fmt: skip
+    figure.suptitle(f"{study.title}, {cells.scale} scale", fontsize=10, x=0.01, ha="left")
+    _draw_legend(figure)
+    return figure
+
+
+def _scale_beyond(axes: Axes, linear: float) -> None:
+    """Make the axis logarithmic beyond what is linear; its limits stay."""
+    axes.set_xscale("symlog", linthresh=linear, linscale=1.5)
+    axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=linear))
+    axes.xaxis.set_minor_locator(FixedLocator([-linear / 2, linear / 2]))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", length=4, pad=4)
+
+
+def _label(cells: Cells, rows: Iterable[str], linear: float | None) -> str:
+    """What is written below the axis, in lines."""
+    study, good = cells.study, "lower" if cells.lower_is_better else "higher"
     columns = dict.fromkeys([cells.main_column, *map(cells.column_of, rows)])
     text = (
         f"{' or '.join(columns)}, {'ratio' if study.ratios else 'difference'} to "
@@ -105,14 +120,7 @@ def forest(cells: Cells) -> Figure:
     )
     for together in (" | ", " ±", " is better"):  # no line ends here
         text = text.replace(together, together.replace(" ", "\N{NO-BREAK SPACE}"))
-    axes.set_xlabel(textwrap.fill(text, 56))
-    axes.annotate(
-        " | ".join(study.row), (0, 1), (-10, 6), "axes fraction", "offset points", ha="right",
-        fontweight="bold",
-    )  # fmt: skip
-    figure.suptitle(f"{study.title}, {cells.scale} scale", fontsize=10, x=0.01, ha="left")
-    _draw_legend(figure)
-    return figure
+    return textwrap.fill(text, 56)
 
 
 def _label_ratios(axes: Axes) -> None:
