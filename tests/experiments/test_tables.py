@@ -352,11 +352,13 @@ def test_the_log_of_the_author_stands_beside_the_paper_scale_only(tmp_path):
 def test_collect_copies_finished_results_but_not_those_set_aside(tmp_path):
     folder = tmp_path / "outputs" / "run-seed0"
     (folder / "previous-1").mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(result(top1=85.0)))
+    place = f"output_dir={tmp_path}"
+    (folder / "result.json").write_text(json.dumps(result(top1=85.0, overrides=[place])))
     (folder / "previous-1" / "result.json").write_text(json.dumps(result(top1=1.0)))
     (copied,) = collect([tmp_path / "outputs"], tmp_path / "runs")
     assert copied == tmp_path / "runs" / "small" / "deit_softmax" / "run-seed0.json"
     assert json.loads(copied.read_text())["metrics"]["test"]["top1"] == 85.0
+    assert str(tmp_path) not in copied.read_text()
 
 
 @pytest.mark.slow
